@@ -1,0 +1,25 @@
+"""Errors whose message is meant for the person at the keyboard.
+
+Each says where the fault is (file, row, key), what was found, and what to do. ``main()`` prints the message alone,
+once, and exits with code 1; anything else is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend."""
+
+
+class ConfigError(UserError):
+    """A key, its value, or a combination of keys that cannot work."""
+
+
+class DataError(UserError):
+    """A file, row or conversation that cannot be trained on."""
+
+
+class ModelError(UserError):
+    """A model folder, architecture or tokenizer that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is torn, foreign to this run, or cannot be written."""

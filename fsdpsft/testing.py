@@ -1,0 +1,95 @@
+"""Helpers for tests and for trying things without a GPU: gloo process groups, tiny models, a tokenizer made on the spot."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = (
+    "system user assistant tool You are a helpful assistant. What is the sum of twelve and thirty-four? "
+    "The answer is 46. Let me think step by step about it, then write the result after four hashes. #### 0123456789 "
+).split(" ")
+
+
+def tiny_tokenizer(template: str | None = CHATML, corpus: Iterable[str] = CORPUS, vocab_size: int = 384) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that can spell any text; stop token ``<|im_end|>``, pad ``<|endoftext|>``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = template
+    return fast
+
+
+def tiny_model(model_type: str = "qwen2", *, vocab_size: int = 384, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build a random model of a family (a transformers ``model_type``) small enough for two CPU cores, in float32."""
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
+        "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[model_type](**{**settings, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def save_tiny_model(folder: str | Path, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any) -> Path:
+    """Write a tiny model and its tokenizer as a Hugging Face folder and return its path."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), **settings)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def free_port() -> int:
+    """A TCP port on the loopback address that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run ``function(*args)`` in ``world_size`` gloo processes and return what each rank returned, in rank order.
+
+    ``function`` must be importable (defined at module level), as the processes are spawned. An exception in any rank
+    is raised here with that rank's traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, args=(function, world_size, free_port(), folder, args), nprocs=world_size, join=True)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
