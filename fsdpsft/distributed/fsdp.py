@@ -1,0 +1,108 @@
+"""FSDP2: which modules are sharded, in which precision, and how gradients are summed.
+
+Gradients are summed, never averaged: the loss of each micro-batch is already divided by the trained tokens of the
+whole step, so FSDP's own division by the number of processes is switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+def shard_model(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype, reshard_after_forward: bool, offload: bool, min_num_params: int = 0,
+) -> None:  # fmt: skip
+    """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
+
+    Args:
+        model: the root module, whose forward ends in the loss, so that the head is gathered inside it.
+        blocks: decoder blocks in forward order.
+        mesh: ``(shard,)`` for plain sharding, ``(replicate, shard)`` for hybrid sharding.
+        compute_dtype: of gathered weights and activations; the stored shards keep their own.
+        reduce_dtype: of the gradient reduction.
+        reshard_after_forward: True frees a block after its forward and gathers it again for the backward (ZeRO-3).
+        offload: shards, gradients and optimiser states rest in host memory.
+        min_num_params: smaller blocks are left to the root.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+    for block in blocks:
+        if sum(p.numel() for p in block.parameters()) >= min_num_params:
+            fully_shard(
+                block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, offload_policy=offload_policy
+            )  # fmt: skip
+    # The root's weights are wanted again at once, by the backward of the head: never free them in between.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A divide factor alone turns the sum into PREMUL_SUM, which gloo lacks.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Say whether the next backward reduces gradients between processes; without it they pile up unsharded."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+class MasterWeights:
+    """Mixed precision for one process: what FSDP2's policy does, without its wrappers.
+
+    The module keeps its master weights; inside ``computing()`` their copies in the compute dtype stand in for them.
+    Each gradient of a copy is added to its master's, in the master's dtype, as soon as it exists.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
+        self._compute_dtype = compute_dtype
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._slots: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for module in model.modules():
+            for name, master in module.named_parameters(recurse=False):
+                if master.dtype == compute_dtype or not master.is_floating_point():
+                    continue
+                if master not in self._copies:
+                    self._copies[master] = self._copy_of(master)
+                self._slots.append((module, name, master))
+        self._stale = True
+
+    def _copy_of(self, master: nn.Parameter) -> nn.Parameter:
+        copy = nn.Parameter(torch.empty_like(master, dtype=self._compute_dtype), requires_grad=master.requires_grad)
+
+        def add_gradient(working: Tensor) -> None:
+            assert working.grad is not None
+            if master.grad is None:
+                master.grad = working.grad.to(master.dtype)
+            else:
+                master.grad += working.grad
+            working.grad = None
+
+        if master.requires_grad:
+            copy.register_post_accumulate_grad_hook(add_gradient)
+        return copy
+
+    def refresh(self) -> None:
+        """Say that the masters changed: the copies are made anew before they are used next."""
+        self._stale = True
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let forward and backward run on the copies."""
+        if self._stale and self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+            self._stale = False
+        for module, name, master in self._slots:
+            module._parameters[name] = self._copies[master]
+        try:
+            yield
+        finally:
+            for module, name, master in self._slots:
+                module._parameters[name] = master

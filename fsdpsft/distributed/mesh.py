@@ -1,0 +1,119 @@
+"""Processes and their places: the device, the backend, and the mesh ``(dp_replicate, dp_shard, sp)``.
+
+Rank ``r`` stands at ``r = (replica * dp_shard + shard) * sp + sp_rank``: the processes of one Ulysses group are
+neighbours, so they share a node. Data parallel rank and size count replicas and shards together.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fsdpsft.errors import ConfigError
+
+
+def env_rank() -> int:
+    """Rank as torchrun states it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_local_rank() -> int:
+    """Rank on this node as torchrun states it; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def env_world_size() -> int:
+    """Number of processes as torchrun states it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands.
+
+    Attributes:
+        device: the device of this process.
+        world_size: all processes; ``dp_size * sp_size``.
+        dp_rank: which share of a step's samples this process trains; equal within a Ulysses group.
+        sp_rank: which slice of a sequence this process holds.
+        fsdp: 1-D ``(shard,)`` or 2-D ``(replicate, shard)`` mesh over which weights are sharded; None for one process.
+        sp_group: the Ulysses group; None at degree 1.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    sp_rank: int
+    sp_size: int
+    fsdp: DeviceMesh | None
+    sp_group: dist.ProcessGroup | None
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add ``values`` up over all processes, in place: [n] -> [n]. Does not wait on the host."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def check_world(world_size: int, sp_size: int, replicate_size: int) -> None:
+    """Raise ``ConfigError`` where the processes cannot be arranged as asked."""
+    if world_size % sp_size:
+        raise ConfigError(
+            f"ulysses_sequence_parallel_size={sp_size} does not divide the {world_size} processes: start a multiple "
+            f"of {sp_size} (torchrun --nproc_per_node)"
+        )
+    if (world_size // sp_size) % replicate_size:
+        raise ConfigError(
+            f"model.fsdp_config.replicate_size={replicate_size} does not divide the {world_size // sp_size} "
+            f"data-parallel processes ({world_size} processes / ulysses_sequence_parallel_size={sp_size})"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Map ``auto | cuda | cpu`` to this process's device."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=cpu")
+    device = torch.device("cuda", env_local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_mesh(device: torch.device, *, sp_size: int = 1, replicate_size: int = 1, timeout_s: int = 600) -> Mesh:
+    """Join the process group that torchrun describes and arrange it; one process needs no group at all.
+
+    Raises:
+        ConfigError: the number of processes cannot be arranged as asked.
+    """
+    world_size = env_world_size()
+    check_world(world_size, sp_size, replicate_size)
+    if world_size == 1:
+        return Mesh(device, 0, 1, 0, 1, 0, 1, None, None)
+    if not dist.is_initialized():
+        # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    rank, dp_size = dist.get_rank(), world_size // sp_size
+    shards = world_size // replicate_size
+    if replicate_size > 1:
+        fsdp = init_device_mesh(device.type, (replicate_size, shards), mesh_dim_names=("dp_replicate", "dp_shard_sp"))
+    else:
+        fsdp = init_device_mesh(device.type, (shards,), mesh_dim_names=("dp_shard_sp",))
+    sp_group = None
+    if sp_size > 1:
+        sp_group = init_device_mesh(device.type, (dp_size, sp_size), mesh_dim_names=("dp", "sp")).get_group("sp")
+    return Mesh(device, rank, world_size, rank // sp_size, dp_size, rank % sp_size, sp_size, fsdp, sp_group)
+
+
+def close_mesh() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,220 @@
+"""What a run says of itself: throughput, FLOPs, memory, and the places they are written to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from fsdpsft.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak of one device in FLOP/s, by a part of its name; vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+class FlopCount:
+    """FLOPs that the data requires, forward and backward, of a decoder-only model.
+
+    Each weight of a matrix costs 2 FLOPs a token forward and 4 backward (2 where it is frozen); a causal attention
+    layer costs ``6 * H * E * len^2`` a document. The head is charged only for trained tokens, a frozen weight's
+    gradient not at all: what need not be computed does not count as achieved.
+    """
+
+    def __init__(self, *, body: int, frozen_body: int, head: int, layers: int, heads: int, head_size: int) -> None:
+        self.body, self.frozen_body, self.head = body, frozen_body, head
+        self.attention = 6 * layers * heads * head_size
+
+    def __call__(self, tokens: int, trained_tokens: int, squared_lengths: int) -> float:
+        """FLOPs of one optimiser step over documents whose lengths' squares sum up to ``squared_lengths``."""
+        linear = (6 * self.body + 4 * self.frozen_body) * tokens + 6 * self.head * trained_tokens
+        return float(linear + self.attention * squared_lengths)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far in GiB: of the CUDA allocator, or the resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Tracker(Protocol):
+    """A place that metrics go to."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take the metrics of one step."""
+
+    def close(self) -> None:
+        """Write out what is left."""
+
+
+class JsonLines:
+    """``metrics.jsonl``: one JSON object a line. On resume, lines of steps that will be taken again are dropped."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = []
+        if resumed_step and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Append one line and flush it, so that a killed run keeps all it said."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be torn
+        return sys.maxsize
+
+
+class Console:
+    """A progress bar and one line a logged step, on standard error."""
+
+    def __init__(self, total_steps: int, resumed_step: int, lines: bool) -> None:
+        self._lines, self._total = lines, total_steps
+        self._bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=None, leave=False)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Move the bar to ``step`` and print its line."""
+        self._bar.update(step - self._bar.n)
+        if self._lines:
+            shown = "  ".join(f"{_short(name)} {_figure(name, value)}" for name, value in values.items() if name in _SHOWN or name.startswith("val/"))
+            tqdm.write(f"step {step}/{self._total}  {shown}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+_SHOWN = ("epoch", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
+
+
+def _short(name: str) -> str:
+    return {"perf/tokens_per_second": "tokens/s", "perf/memory_gib": "GiB"}.get(name, name.removeprefix("train/").removeprefix("perf/"))
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "train/lr":
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if name == "perf/tokens_per_second" else f"{value:.4g}" if name != "train/loss" else f"{value:.4f}"
+
+
+class TensorBoard:
+    """TensorBoard event files under ``tensorboard/``."""
+
+    def __init__(self, folder: Path, settings: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("trainer.logger has tensorboard, which is not installed: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer.add_text("config", f"```yaml\n{settings}\n```")  # type: ignore[no-untyped-call]
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Write each metric as a scalar."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandB:
+    """Weights & Biases, with the run's settings."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], project: str, name: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("trainer.logger has wandb, which is not installed: pip install wandb") from error
+        self._run = wandb.init(project=project, name=name, config=dict(settings), dir=str(folder))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send the metrics."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Trackers:
+    """All places at once; holds none on ranks other than 0."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Hand the metrics of ``step`` (1-based: steps taken) to every place."""
+        for tracker in self._trackers:
+            tracker.log(values, step)
+
+    def close(self) -> None:
+        """Close every place."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class Throughput:
+    """Tokens, FLOPs and seconds since the last reading."""
+
+    def __init__(self, device: torch.device, world_size: int, flops: FlopCount) -> None:
+        peak = peak_flops(device)
+        self._peak = peak * world_size if peak else None
+        self._device, self._flops = device, flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted: what follows starts now (after validation or a save, say)."""
+        self._tokens = self._trained = 0
+        self._work = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int, trained_tokens: int, squared_lengths: int) -> None:
+        """Count one optimiser step over all processes."""
+        self._tokens += tokens
+        self._trained += trained_tokens
+        self._work += self._flops(tokens, trained_tokens, squared_lengths)
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading. Call it where the host has just waited for the device."""
+        seconds = time.perf_counter() - self._start
+        values = {
+            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/trained_tokens_per_second": self._trained / seconds,
+            "perf/memory_gib": peak_memory_gib(self._device),
+        }
+        if self._peak:
+            values["perf/mfu"] = self._work / seconds / self._peak
+        self.restart()
+        return values

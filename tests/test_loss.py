@@ -1,0 +1,77 @@
+"""The chunked loss against the plain formula on full logits, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fsdpsft.loss import HeadFormula, cross_entropy_sum
+
+
+def slow_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, formula: HeadFormula):
+    logits = hidden @ weight.t() + (0 if bias is None else bias)
+    logits = logits * formula.scale
+    if formula.softcap is not None:
+        logits = formula.softcap * torch.tanh(logits / formula.softcap)
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    token_losses = -log_probabilities[torch.arange(len(targets)), targets]
+    return (token_losses * weights).sum(), token_losses
+
+
+def inputs(dtype: torch.dtype, with_bias: bool, positions: int = 37):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(positions, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(101, 16, generator=generator, dtype=torch.float64)
+    bias = torch.randn(101, generator=generator, dtype=torch.float64) if with_bias else None
+    targets = torch.randint(101, (positions,), generator=generator)
+    weights = torch.rand(positions, generator=generator) * 2
+    leaves = [t if t is None else t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    return leaves, targets, weights.to(torch.float32)
+
+
+@pytest.mark.parametrize("formula", [HeadFormula(), HeadFormula(scale=0.25), HeadFormula(softcap=3.0), HeadFormula(0.5, 2.0)])
+@pytest.mark.parametrize("chunk_size", [1, 7, 37, 1000])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_full_logits(formula: HeadFormula, chunk_size: int, with_bias: bool) -> None:
+    leaves, targets, weights = inputs(torch.float32, with_bias)
+    slow_leaves, _, _ = inputs(torch.float64, with_bias)
+    loss, token_losses = cross_entropy_sum(*leaves, targets, weights, formula=formula, chunk_size=chunk_size)
+    slow, slow_tokens = slow_loss(*slow_leaves, targets, weights.double(), formula)
+    (loss / 3).backward()
+    (slow / 3).backward()
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-6)
+    torch.testing.assert_close(token_losses.double(), slow_tokens, rtol=1e-5, atol=1e-5)
+    for leaf, slow_leaf in zip(leaves, slow_leaves, strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad.double(), slow_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_no_trained_position_gives_zero_and_zero_gradients() -> None:
+    (hidden, weight, _), targets, weights = inputs(torch.float32, False, positions=0)
+    loss, token_losses = cross_entropy_sum(hidden, weight, None, targets, weights)
+    loss.backward()
+    assert loss.item() == 0.0 and token_losses.shape == (0,)
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_bfloat16_head_gradient_is_accumulated_in_float32() -> None:
+    """Many chunks in bfloat16 lose no more than one chunk does: the sum over chunks is not rounded in between."""
+    grads = []
+    for chunk_size in (1, 512):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(512, 8, generator=generator).bfloat16().requires_grad_()
+        weight = torch.randn(11, 8, generator=generator).bfloat16().requires_grad_()
+        targets = torch.randint(11, (512,), generator=generator)
+        loss, _ = cross_entropy_sum(hidden, weight, None, targets, torch.ones(512), chunk_size=chunk_size)
+        loss.backward()
+        grads.append(weight.grad.float())
+    exact_error = (grads[0] - grads[1]).norm() / grads[1].norm()
+    assert exact_error < 4e-3  # one rounding to bfloat16 of the products; 512 roundings would be some 5e-2
+
+
+def test_evaluation_needs_no_gradient() -> None:
+    (hidden, weight, _), targets, weights = inputs(torch.float32, False)
+    with torch.no_grad():
+        loss, _ = cross_entropy_sum(hidden, weight, None, targets, weights, chunk_size=5)
+    assert loss.item() == pytest.approx(slow_loss(hidden, weight, None, targets, weights, HeadFormula())[0].item(), rel=1e-5)
