@@ -23,3 +23,15 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is torn, foreign to this run, or cannot be written."""
+
+
+class RowError(DataError):
+    """One row that cannot be used, while its neighbours may be fine.
+
+    Attributes:
+        reason: a short constant text, the same for every row with this fault, to count skipped rows by.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable row") -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,237 @@
+"""JSON lines and JSON arrays, read with memory that grows with neither the file nor the number of rows.
+
+The parser is Python's own: Arrow's JSON reader infers one schema for a whole file, which breaks on columns whose type
+differs between rows (a tool call's arguments, say) and cannot tell an absent key from a null one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from fsdpsft.errors import DataError, RowError
+
+_BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder()
+# A value cut off by the end of what has been read so far fails this close to that end (``-Infinity`` and a pair of
+# ``\uXXXX`` escapes are the longest tokens); only a string fails where it starts.
+_LONGEST_TOKEN = 16
+
+RowFault = Callable[[RowError], None]
+IndexedRow = tuple[int, dict[str, Any]]
+
+
+def _columns(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    hint = "; a JSON array of rows belongs into a file named .json" if isinstance(value, list) else ""
+    raise RowError(f"{where}: a row must be a JSON object, found {type(value).__name__}{hint}", "row is not an object")
+
+
+def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        found = f"byte {exc.start} of the line is {raw[exc.start]:#04x}, which is not UTF-8"
+        raise RowError(f"{where}: {found}; save the file as UTF-8", "invalid UTF-8") from None
+    except json.JSONDecodeError as exc:
+        found = f"broken JSON at character {exc.pos} of the line ({exc.msg})"
+        raise RowError(f"{where}: {found}; write one JSON object per line", "broken JSON") from None
+    except RecursionError:
+        raise RowError(f"{where}: JSON nested too deeply to be read", "nested too deeply") from None
+    except ValueError as exc:  # an integer of thousands of digits
+        raise RowError(f"{where}: broken JSON ({exc})", "broken JSON") from None
+    return _columns(value, where)
+
+
+def read_lines(
+    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault | None = None
+) -> Iterator[IndexedRow]:
+    """Rows of JSON lines.
+
+    Args:
+        stream: positioned at the start of a line.
+        path: the file's name, for messages.
+        first_row: 0-based number of the line the stream stands at.
+        size: bytes to read from here; None reads to the end.
+        on_error: is given each broken line's error, and reading goes on; None raises the first.
+
+    Yields:
+        (row number, columns). The row number is the 0-based line number, blank lines counted though they are no rows.
+
+    Raises:
+        RowError: a line is not UTF-8, not JSON or not an object.
+    """
+    done = 0
+    for number, raw in enumerate(stream, first_row):
+        done += len(raw)
+        text = raw.removeprefix(_BOM) if number == 0 else raw
+        if not text.isspace() and text:
+            try:
+                columns = _parse_line(text, f"{path}, row {number} (line {number + 1})")
+            except RowError as exc:
+                if on_error is None:
+                    raise
+                on_error(exc)
+            else:
+                yield number, columns
+        if size is not None and done >= size:
+            return
+
+
+def cut_lines(stream: BinaryIO, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut JSON lines into ranges of whole lines of about ``target_bytes``: (start, stop, first row, lines)."""
+    start = row = 0
+    while block := stream.read(target_bytes) + stream.readline():
+        lines = block.count(b"\n") + (not block.endswith(b"\n"))
+        yield start, start + len(block), row, lines
+        start, row = start + len(block), row + lines
+
+
+class _Window:
+    """The part of a JSON text between what has been parsed and what has been read.
+
+    Decoded as Latin-1, one character is one byte and JSON's structure stays the same, so ``offset`` counts bytes.
+    """
+
+    def __init__(self, stream: BinaryIO, path: str, size: int | None, encoding: str) -> None:
+        self._stream, self._path, self._left, self._encoding = stream, path, size, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._text, self._at, self._dropped, self._bytes = "", 0, 0, 0
+        self._ended = False
+        self._grow()
+        bom = _BOM.decode(encoding)
+        self._at = len(bom) if self._text.startswith(bom) else 0
+
+    @property
+    def offset(self) -> int:
+        """Characters parsed so far."""
+        return self._dropped + self._at
+
+    def _grow(self) -> None:
+        """Read at least as much as is waiting, so that a long value costs linear time."""
+        want = max(_BLOCK, len(self._text) - self._at)
+        block = self._stream.read(want if self._left is None else min(want, self._left))
+        try:
+            more = self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as exc:
+            found = f"{exc.object[exc.start]:#04x}, which is not UTF-8"
+            byte = self._bytes + exc.start
+            raise DataError(f"{self._path}: byte {byte} or shortly after is {found}; save the file as UTF-8") from None
+        self._text = self._text[self._at :] + more
+        self._dropped, self._at = self._dropped + self._at, 0
+        self._bytes += len(block)
+        self._left = None if self._left is None else self._left - len(block)
+        self._ended = not block
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            rest = len(self._text)
+            while self._at < rest and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < rest:
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._grow()
+
+    def skip(self) -> None:
+        """Step over the character that ``peek`` gave."""
+        self._at += 1
+
+    def value(self, where: str) -> Any:
+        """Parse the value that starts here."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as exc:
+                cut_off = exc.pos >= len(self._text) - _LONGEST_TOKEN or exc.msg.startswith("Unterminated string")
+                if self._ended or not cut_off:
+                    found = f"broken JSON {exc.pos - self._at} characters into the row ({exc.msg})"
+                    hint = "the file seems to be cut off" if self._ended and cut_off else "mend the file"
+                    raise DataError(f"{where}: {found}; {hint}") from None
+            except RecursionError:
+                raise DataError(f"{where}: JSON nested too deeply to be read") from None
+            except ValueError as exc:  # an integer of thousands of digits
+                raise DataError(f"{where}: broken JSON ({exc})") from None
+            else:
+                if end < len(self._text) or self._ended:
+                    self._at = end
+                    return value
+            self._grow()
+
+
+def _elements(window: _Window, path: str, first_row: int, whole: bool) -> Iterator[tuple[int, Any, int]]:
+    """(row number, value, characters parsed before it) for the elements of an array, or of a range inside one."""
+    if whole:
+        if window.peek() != "[":
+            raise DataError(f"{path}: expected a JSON array of rows, found {window.peek()!r} at its start")
+        window.skip()
+    row = first_row
+    while window.peek() not in ("]", ""):
+        start = window.offset
+        yield row, window.value(f"{path}, row {row}"), start
+        row += 1
+        if window.peek() == ",":
+            window.skip()
+        elif window.peek() not in ("]", ""):
+            raise DataError(f"{path}, after row {row - 1}: expected ',' or ']', found {window.peek()!r}")
+    if not whole:
+        return
+    if window.peek() == "":
+        raise DataError(f"{path}: the JSON array is not closed after row {row - 1}; the file seems to be cut off")
+    window.skip()
+    if window.peek():
+        raise DataError(f"{path}: found {window.peek()!r} after the end of the JSON array; mend the file")
+
+
+def read_array(
+    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault | None = None
+) -> Iterator[IndexedRow]:
+    """Rows of a JSON array, parsed one at a time.
+
+    Args:
+        stream: at the start of the file, or, where ``size`` is given, of an element inside the array.
+        path: the file's name, for messages.
+        first_row: 0-based number of the first element to come.
+        size: bytes that hold whole elements; None reads the whole array.
+        on_error: is given the error of each element that is no object, and reading goes on; None raises the first.
+
+    Yields:
+        (row number, columns).
+
+    Raises:
+        DataError: the text is not UTF-8 or not a JSON array.
+        RowError: an element is not an object.
+    """
+    window = _Window(stream, path, size, "utf-8")
+    for row, value, _ in _elements(window, path, first_row, whole=size is None):
+        try:
+            columns = _columns(value, f"{path}, row {row}")
+        except RowError as exc:
+            if on_error is None:
+                raise
+            on_error(exc)
+        else:
+            yield row, columns
+
+
+def cut_array(stream: BinaryIO, path: str, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a JSON array into ranges of whole elements of about ``target_bytes``: (start, stop, first row, rows).
+
+    The array is parsed once to find them; a range reads ``element, element, …`` without the array's brackets.
+    """
+    window = _Window(stream, path, None, "latin-1")
+    start = first_row = row = 0
+    for row, _, offset in _elements(window, path, 0, whole=True):
+        if row == 0:
+            start = offset
+        elif offset - start >= target_bytes:
+            yield start, offset, first_row, row - first_row
+            start, first_row = offset, row
+    if start:  # the closing bracket is in the last range, where it ends the reading
+        yield start, window.offset, first_row, row + 1 - first_row
