@@ -1,0 +1,338 @@
+"""The attention kernels, behind one signature, each with what it supports stated as data.
+
+Every backend is ``attend(q, k, v, spec, context)``: q [R, H, S, E], k and v [R, K, S, E], result [R, H, S, E], causal
+within each document of ``context``. Rows are laid end to end first, so that packed (R = 1) and padded batches are the
+same thing to a kernel. ``sdpa`` is the reference that runs anywhere; the others are compared with it. FlashAttention 2
+and 3 and torch's varlen attention need CUDA and follow their documented signatures; so does ``flex``, whose forward
+pass (not its backward) also runs on CPU, unfused, which is how its masks are tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import PreTrainedModel
+
+from fsdpsft.errors import ConfigError
+from fsdpsft.model.attention import Attend, AttentionContext, AttentionSpec
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+ANY_FLOAT = HALF | {torch.float32, torch.float64}
+
+outside_graph: Callable[[Attend], Attend] = torch.compiler.disable
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a model, its device and its precision ask of a backend."""
+
+    device: str
+    dtype: torch.dtype
+    head_size: int
+    features: frozenset[str]
+    capability: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel and its limits.
+
+    Attributes:
+        attend: the function; see the module's docstring.
+        devices: device types it runs on.
+        dtypes: of q, k and v.
+        features: what it does exactly, of sliding_window, softcap, sinks, gqa, dropout, value_head_size (v's heads
+            differ in size from q's).
+        missing: returns why it cannot be used in this installation, or None.
+        max_head_size, head_size_multiple: bounds on E.
+        min_capability: lowest CUDA compute capability.
+        traceable: may stand inside a compiled region; the others break the graph around themselves.
+    """
+
+    attend: Attend
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    features: frozenset[str]
+    missing: Callable[[], str | None]
+    max_head_size: int | None = None
+    head_size_multiple: int = 1
+    min_capability: tuple[int, int] = (0, 0)
+    traceable: bool = False
+
+
+def requirements(model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype) -> Requirements:
+    """Read what a model (weights may be on meta) needs, for compute on ``device`` in ``dtype``."""
+    config, device = model.config.get_text_config(), torch.device(device)
+    heads = config.num_attention_heads
+    head_size = max(
+        getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads,
+        getattr(config, "global_head_dim", None) or 0,
+    )
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    asked = {
+        "sliding_window": "sliding_attention" in layer_types if layer_types else window,
+        "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
+        "sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        "gqa": (getattr(config, "num_key_value_heads", None) or heads) != heads,
+        "dropout": (getattr(config, "attention_dropout", None) or 0.0) > 0,
+        "value_head_size": (getattr(config, "v_head_dim", None) or head_size) != head_size,
+    }
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return Requirements(device.type, dtype, head_size, frozenset(k for k, v in asked.items() if v), capability)
+
+
+def objections(name: str, needs: Requirements) -> list[str]:
+    """Every reason why backend ``name`` cannot serve ``needs``; empty where it can."""
+    backend = BACKENDS[name]
+    multiple, largest = backend.head_size_multiple, backend.max_head_size
+    checks = [
+        (needs.device not in backend.devices, f"it runs on {sorted(backend.devices)}, not {needs.device}"),
+        (needs.dtype not in backend.dtypes, f"it does not take {needs.dtype}"),
+        (needs.device == "cuda" and needs.capability < backend.min_capability, f"the GPU is {needs.capability}"),
+        (largest is not None and needs.head_size > largest, f"head size {needs.head_size} is above {largest}"),
+        (needs.head_size % multiple != 0, f"head size {needs.head_size} is no multiple of {multiple}"),
+    ]
+    found = [reason for failed, reason in checks if failed]
+    found += [f"it has no {feature}" for feature in sorted(needs.features - backend.features)]
+    reason = backend.missing()
+    return found if reason is None else [*found, reason]
+
+
+def choose_backend(name: str, needs: Requirements) -> Backend:
+    """Return the named backend, or for ``auto`` the first of ``BACKENDS`` (fastest first) that serves ``needs``.
+
+    Raises:
+        ConfigError: the name is unknown, or the backend cannot serve the model; with each reason.
+    """
+    if name == "auto":
+        return BACKENDS[next(candidate for candidate in BACKENDS if not objections(candidate, needs))]
+    if name not in BACKENDS:
+        raise ConfigError(f"model.attn_implementation={name} is not known; choose auto or one of {list(BACKENDS)}.")
+    if reasons := objections(name, needs):
+        raise ConfigError(
+            f"model.attn_implementation={name} cannot be used: {'; '.join(reasons)}. "
+            "Set model.attn_implementation=auto, or sdpa, which has every feature."
+        )
+    return BACKENDS[name]
+
+
+def _lay_end_to_end(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # [R, H, S, E] -> [T, H, E], a view for what transformers' layers produce
+
+
+def _back_to_rows(x: Tensor, rows: int) -> Tensor:
+    return torch.unflatten(x, 0, (rows, -1)).transpose(1, 2)  # [T, H, E] -> [R, H, S, E]
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """[L, L] true where a query (row) sees a key (column)."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _plain_formula(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention written out, for soft-capped scores and sinks; softmax in at least float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-2, -1)) * spec.scaling
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~_band(q.shape[2], spec.sliding_window, q.device), float("-inf"))
+    if spec.sinks is not None:
+        sinks = spec.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    accurate = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=accurate)[..., : k.shape[2]].to(v.dtype)
+    return F.dropout(weights, spec.dropout) @ v
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention in n documents of one length: q [n, H, L, E], k and v [n, K, L, E]."""
+    if spec.softcap is not None or spec.sinks is not None:
+        return _plain_formula(q, k, v, spec)
+    length, window = q.shape[2], spec.sliding_window
+    mask = None if window is None or length <= window else _band(length, window, q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=spec.dropout, is_causal=mask is None, scale=spec.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+@outside_graph  # the loop's length is the batch's: tracing it would compile anew for each batch
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """The reference: ``scaled_dot_product_attention`` document by document, neighbours of one length together.
+
+    Works on any device and has every feature. ``split`` is used rather than slices, as its backward is one
+    concatenation and not one zero-filled copy of the whole for each document.
+    """
+    runs = [(len(list(group)), length) for length, group in groupby(context.seqlens)]
+    sizes = [count * length for count, length in runs]
+    parts = [torch.split(_lay_end_to_end(x), sizes) for x in (q, k, v)]
+    outputs = []
+    for run, *tokens in zip(runs, *parts, strict=True):
+        query, key, value = (torch.unflatten(x, 0, run).transpose(1, 2) for x in tokens)  # [n, H, L, E]
+        outputs.append(_lay_end_to_end(_attend_documents(query, key, value, spec)))
+    return _back_to_rows(torch.cat(outputs), q.shape[0])
+
+
+def _flash_window(window: int | None) -> tuple[int, int]:
+    return (-1, -1) if window is None else (window - 1, 0)  # FlashAttention counts the keys left of the query's own
+
+
+def _varlen_arguments(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What FlashAttention 2 and 3 have in common."""
+    bounds, longest = context.cu_seqlens, context.max_seqlen
+    common = {
+        "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest,
+        "softmax_scale": spec.scaling, "causal": True, "window_size": _flash_window(spec.sliding_window),
+        "softcap": spec.softcap or 0.0,
+    }  # fmt: skip
+    return [_lay_end_to_end(x) for x in (q, k, v)], common
+
+
+@outside_graph
+def attend_flash_2(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """FlashAttention 2 (package ``flash-attn`` 2.6 or later, for ``softcap``). Needs CUDA: not run by the tests."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    qkv, common = _varlen_arguments(q, k, v, spec, context)
+    return _back_to_rows(flash_attn_varlen_func(*qkv, dropout_p=spec.dropout, **common), q.shape[0])
+
+
+@outside_graph
+def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. Needs CUDA: not run by the tests.
+
+    Earlier releases return the output with the log-sum-exp, later ones the output alone.
+    """
+    from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    qkv, common = _varlen_arguments(q, k, v, spec, context)
+    result = flash_attn_varlen_func(*qkv, **common)
+    return _back_to_rows(result[0] if isinstance(result, tuple) else result, q.shape[0])
+
+
+@cache
+def _torch_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
+    """torch's ``varlen_attn`` and its parameters, which grew from 2.10 (causal flag only) to 2.13."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None, frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """``torch.nn.attention.varlen.varlen_attn`` (FlashAttention 2 inside torch). Needs CUDA: not run by the tests.
+
+    Where torch's version has no ``scale``, the query carries it; where it has no ``enable_gqa``, key and value heads
+    are repeated. It is a custom operator, so it may stand inside a compiled region.
+    """
+    varlen_attn, known = _torch_varlen()
+    assert varlen_attn is not None  # choose_backend has looked
+    options: dict[str, Any] = {}
+    if "scale" in known:
+        options["scale"] = spec.scaling
+    else:
+        q = q * (spec.scaling * q.shape[-1] ** 0.5)
+    if "enable_gqa" in known:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if "is_causal" in known:
+        options["is_causal"] = True
+    if "window_size" in known:
+        options["window_size"] = (-1, 0) if spec.sliding_window is None else _flash_window(spec.sliding_window)
+    bounds, longest = context.cu_seqlens, context.max_seqlen
+    flat = [_lay_end_to_end(x) for x in (q, k, v)]
+    return _back_to_rows(varlen_attn(*flat, bounds, bounds, longest, longest, **options), q.shape[0])
+
+
+def _block_mask(context: AttentionContext, window: int | None, device: torch.device) -> BlockMask:
+    """FlexAttention's mask of this batch, made in the first layer that asks and kept for the others."""
+    if window not in context.derived:
+        total = sum(context.seqlens)
+        lengths = context.cu_seqlens.diff()
+        document = torch.arange(len(context.seqlens), device=device).repeat_interleave(lengths, output_size=total)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (query >= key) & (document[query] == document[key])
+            return seen if window is None else seen & (query - key < window)
+
+        on_gpu = device.type == "cuda"  # compiled, the mask is never written out as total x total
+        context.derived[window] = create_block_mask(visible, None, None, total, total, device=device, _compile=on_gpu)
+    mask: BlockMask = context.derived[window]
+    return mask
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+@outside_graph
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """FlexAttention with a document, causal and window mask; compiled on CUDA; on CPU forward only."""
+    cap = 0.0 if spec.softcap is None else spec.softcap
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    run: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    flat = [_lay_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, T, E]
+    output = run(
+        *flat, score_mod=capped if cap else None, scale=spec.scaling, enable_gqa=q.shape[1] != k.shape[1],
+        block_mask=_block_mask(context, spec.sliding_window, q.device),
+    )  # fmt: skip
+    return _back_to_rows(output[0].transpose(0, 1), q.shape[0])
+
+
+def _needs_module(module: str, package: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(module) else f"{package} is not installed"
+
+
+def _varlen_missing() -> str | None:
+    return None if _torch_varlen()[0] else f"torch {torch.__version__} has no varlen_attn"
+
+
+def _varlen_features() -> frozenset[str]:
+    return frozenset({"gqa", "sliding_window"} if "window_size" in _torch_varlen()[1] else {"gqa"})
+
+
+CUDA = frozenset({"cuda"})
+BACKENDS: dict[str, Backend] = {
+    "flash_attention_3": Backend(
+        attend_flash_3, CUDA, HALF, frozenset({"gqa", "sliding_window", "softcap"}),
+        _needs_module("flash_attn_interface", "FlashAttention 3"), max_head_size=256, head_size_multiple=8,
+        min_capability=(9, 0),
+    ),
+    "flash_attention_2": Backend(
+        attend_flash_2, CUDA, HALF, frozenset({"gqa", "sliding_window", "softcap", "dropout"}),
+        _needs_module("flash_attn", "flash-attn"), max_head_size=256, head_size_multiple=8, min_capability=(8, 0),
+    ),
+    "varlen": Backend(
+        attend_varlen, CUDA, HALF, _varlen_features(), _varlen_missing, max_head_size=256, head_size_multiple=8,
+        min_capability=(8, 0), traceable=True,
+    ),
+    "sdpa": Backend(
+        attend_sdpa, frozenset({"cpu", "cuda", "mps", "xpu"}), ANY_FLOAT,
+        frozenset({"gqa", "sliding_window", "softcap", "sinks", "dropout", "value_head_size"}), lambda: None,
+    ),
+    "flex": Backend(
+        attend_flex, CUDA, HALF | {torch.float32},
+        frozenset({"gqa", "sliding_window", "softcap"}), lambda: None, max_head_size=256,
+    ),
+}  # fmt: skip
+"""By name, the one ``auto`` prefers first."""

@@ -1,0 +1,325 @@
+"""Attention: documents kept apart, each backend equal to attention written out in float64, refusals by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fsdpsft.batch import Sample, pack
+from fsdpsft.errors import ConfigError, ModelError
+from fsdpsft.model.attention import (
+    IMPLEMENTATION,
+    AttentionContext,
+    AttentionSpec,
+    attention_forward,
+    check_architecture,
+    isolation_probe,
+)
+from fsdpsft.model.attention_backends import (
+    BACKENDS,
+    Requirements,
+    attend_flex,
+    attend_sdpa,
+    attend_varlen,
+    choose_backend,
+    objections,
+    requirements,
+)
+from fsdpsft.testing import tiny_model
+
+FAMILIES = ["qwen2", "qwen3", "llama", "gemma2", "gemma3_text", "mistral", "phi3", "mixtral", "qwen2_moe", "gpt_oss"]
+MIXTURES = {"mixtral", "qwen2_moe", "gpt_oss"}
+WINDOWED = {"gemma2", "gemma3_text", "mistral", "phi3", "gpt_oss"}
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, seqlens: tuple[int, ...]) -> Tensor:
+    """The slow twin: one query token and one head at a time, float64, Python loops. q [H, T, E]."""
+    heads, total, _ = q.shape
+    group = heads // k.shape[0]
+    output = torch.empty(heads, total, v.shape[-1], dtype=q.dtype)
+    start = 0
+    for length in seqlens:
+        for t in range(start, start + length):
+            first = start if spec.sliding_window is None else max(start, t - spec.sliding_window + 1)
+            for h in range(heads):
+                scores = k[h // group, first : t + 1] @ q[h, t] * spec.scaling
+                if spec.softcap is not None:
+                    scores = spec.softcap * torch.tanh(scores / spec.softcap)
+                weights = scores.exp()
+                extra = 0 if spec.sinks is None else spec.sinks[h].exp()
+                output[h, t] = weights @ v[h // group, first : t + 1] / (weights.sum() + extra)
+        start += length
+    return output
+
+
+def context_of(seqlens: tuple[int, ...], attend=attend_sdpa) -> AttentionContext:
+    bounds = torch.tensor(np.concatenate([[0], np.cumsum(seqlens)]), dtype=torch.int32)
+    return AttentionContext(bounds, seqlens, max(seqlens), attend)
+
+
+def random_qkv(heads: int, kv_heads: int, total: int, size: int = 16, dtype=torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(heads * 1000 + total)
+    shapes = [(1, n, total, size) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+SPECS = {
+    "plain": AttentionSpec(0.3),
+    "window": AttentionSpec(0.3, sliding_window=3),
+    "softcap": AttentionSpec(0.3, softcap=1.5),
+    "window+softcap": AttentionSpec(0.3, sliding_window=3, softcap=1.5),
+    "sinks": AttentionSpec(0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)),
+    "window+sinks": AttentionSpec(0.3, 3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", SPECS)
+def test_sdpa_equals_attention_written_out(name, kv_heads):
+    seqlens = (5, 1, 1, 7, 7, 7, 2)
+    q, k, v = random_qkv(4, kv_heads, sum(seqlens))
+    found = attend_sdpa(q, k, v, SPECS[name], context_of(seqlens))
+    expected = written_out(q[0], k[0], v[0], SPECS[name], seqlens)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "softcap", "window+softcap"])
+def test_flex_equals_sdpa(name):
+    seqlens = (5, 1, 130, 7)
+    qkv = random_qkv(4, 2, sum(seqlens), dtype=torch.float32)
+    found, expected = (attend(*qkv, SPECS[name], context_of(seqlens)) for attend in (attend_flex, attend_sdpa))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_flex_makes_its_mask_once_a_batch_and_window():
+    context = context_of((5, 6))
+    q, k, v = random_qkv(4, 2, 11, dtype=torch.float32)
+    for window in (None, 3, None, 3):
+        attend_flex(q, k, v, AttentionSpec(0.3, sliding_window=window), context)
+    assert set(context.derived) == {None, 3}
+
+
+def test_padded_rows_are_documents():
+    q, k, v = (x.view(3, x.shape[1], 4, 16).contiguous() for x in random_qkv(4, 2, 12))
+    for attend in (attend_sdpa, attend_flex):
+        arguments = [x.float() for x in (q, k, v)]
+        found = attend(*arguments, SPECS["plain"], context_of((4, 4, 4)))
+        for row in range(3):
+            expected = written_out(*(x[row] for x in (q, k, v)), SPECS["plain"], (4,))
+            torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_value_heads_may_differ_in_size():
+    q, k, v = random_qkv(4, 4, 9)
+    found = attend_sdpa(q, k, v[..., :8], SPECS["plain"], context_of((4, 5)))
+    torch.testing.assert_close(
+        found[0], written_out(q[0], k[0], v[0, ..., :8], SPECS["plain"], (4, 5)), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("generation", ["2.10", "2.13"])
+def test_varlen_is_called_as_each_torch_version_wants(generation, monkeypatch):
+    """The kernel needs CUDA; a stand-in with each version's signature computes the same on CPU."""
+    heard = {}
+
+    def run(q, k, v, bounds, longest, scale, window):
+        heard.update(longest=longest, bounds=bounds.tolist())
+        spec = AttentionSpec(scale, None if window[0] < 0 else window[0] + 1)
+        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        return attend_sdpa(*rows, spec, context_of((4, 5)))[0].transpose(0, 1)
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        assert is_causal
+        assert key.shape[1] == query.shape[1]
+        return run(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5, (-1, 0))
+
+    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa
+        assert window_size[1] == 0
+        return run(query, key, value, cu_seq_q, max_q, scale, window_size)
+
+    function = {"2.10": old, "2.13": new}[generation]
+    import inspect
+
+    from fsdpsft.model import attention_backends
+
+    known = frozenset(inspect.signature(function).parameters)
+    monkeypatch.setattr(attention_backends, "_torch_varlen", lambda: (function, known))
+    q, k, v = random_qkv(4, 2, 9)
+    for spec in [SPECS["plain"]] + ([SPECS["window"]] if generation == "2.13" else []):
+        found = attend_varlen(q, k, v, spec, context_of((4, 5)))
+        torch.testing.assert_close(found[0], written_out(q[0], k[0], v[0], spec, (4, 5)), atol=1e-12, rtol=0)
+    assert heard == {"longest": 5, "bounds": [0, 4, 9]}
+
+
+def family(name: str, **changes):
+    settings = {"sliding_window": 8} if name in WINDOWED else {}
+    model = tiny_model(name, **{**settings, **changes}).eval()
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def hidden_states(model):
+    def forward(input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+        return model.model(
+            input_ids=input_ids, position_ids=position_ids, attention_context=context, use_cache=False
+        ).last_hidden_state
+
+    return forward
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_isolate_documents_and_equal_transformers_own_attention(name):
+    model = family(name)
+    check_architecture(model, packed=True)
+    backend = choose_backend("auto", requirements(model, "cpu", torch.float32))
+    # Experts multiply all documents' tokens together, so other documents move the rounding, and nothing else.
+    tolerance = 2e-6 if name in MIXTURES else 0.0
+    assert isolation_probe(hidden_states(model), backend.attend, vocab_size=384) <= tolerance
+    documents = [torch.randint(384, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 20, 5)]
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    with torch.no_grad():
+        packed = hidden_states(model)(torch.cat(documents)[None], positions, context_of((12, 20, 5)))
+        model.set_attn_implementation("eager")
+        alone = [model.model(input_ids=d[None], use_cache=False).last_hidden_state for d in documents]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=5e-6)
+
+
+def test_probe_sees_a_leak_and_a_dead_model():
+    model = family("qwen2")
+
+    def blind(q, k, v, spec, context):
+        return attend_sdpa(q, k, v, spec, context_of((q.shape[2],)))
+
+    assert isolation_probe(hidden_states(model), blind, vocab_size=384) > 1e-3
+    with pytest.raises(ModelError, match="proves nothing"):
+        isolation_probe(lambda ids, positions, context: torch.zeros(1, ids.shape[1], 4), attend_sdpa, vocab_size=384)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_context_passes_through_transformers_checkpointing(reentrant):
+    model = family("qwen2").train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = torch.arange(9)[None]
+    states = model.get_input_embeddings()(ids).requires_grad_()
+    model.model(
+        inputs_embeds=states, attention_context=context_of((4, 5)), use_cache=False
+    ).last_hidden_state.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_no_mask_is_made_and_packing_is_not_guessed_from_positions(monkeypatch):
+    import transformers.masking_utils as masking
+
+    def forbidden(position_ids):
+        raise AssertionError("looked for packed sequences, which waits for the device")
+
+    monkeypatch.setattr(masking, "find_packed_sequence_indices", forbidden)
+    for name in ("qwen2", "gemma2"):
+        positions = torch.tensor([[0, 1, 2, 0, 1]])
+        hidden_states(family(name))(torch.arange(5)[None], positions, context_of((3, 2)))
+
+
+def test_context_of_a_batch():
+    samples = [Sample(np.arange(n, dtype=np.uint32), np.ones(n, dtype=np.float32), n) for n in (3, 5)]
+    context = AttentionContext.of(pack(samples, pad_token_id=0, pad_to_multiple=4), attend_sdpa, "cpu")
+    assert context.cu_seqlens.tolist() == [0, 3, 8]
+    assert (context.seqlens, context.max_seqlen) == ((3, 5), 5)
+
+
+def layer(**attributes) -> nn.Module:
+    module = nn.Module()
+    for key, value in {"config": SimpleNamespace(model_type="oddball"), **attributes}.items():
+        setattr(module, key, value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (layer(), {"attention_context": None}, "of oddball does not pass its keyword arguments"),
+        (layer(), {"attention_mask": torch.ones(1)}, "builds an attention mask"),
+        (layer(), {"position_bias": torch.ones(1)}, "position bias"),
+        (layer(is_causal=False), {}, "not causal"),
+        (layer(), {"is_causal": False}, "not causal"),
+        (layer(layer_type="sliding_attention"), {}, "does not tell attention its window"),
+    ],
+)
+def test_layers_that_would_be_wrong_are_refused(module, arguments, message):
+    q, k, v = random_qkv(4, 2, 9)
+    with pytest.raises(ModelError, match=message):
+        attention_forward(module, q, k, v, **{"attention_context": context_of((4, 5)), **arguments})
+
+
+def stub_model(class_name: str, parent=nn.Module, **config):
+    text = SimpleNamespace(**config)
+    model = type(class_name, (parent,), {"_supports_attention_backend": True})()
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    return model
+
+
+def test_recurrent_models_are_refused_when_packed_only():
+    model = stub_model("Lfm2ForCausalLM", layer_types=["conv", "full_attention"])
+    check_architecture(model, packed=False)
+    with pytest.raises(ModelError, match=r"Lfm2ForCausalLM has \['conv'\] layers.*use_remove_padding=false"):
+        check_architecture(model, packed=True)
+    undeclared = stub_model("NewForCausalLM")
+    undeclared.mixer = type("NewMambaMixer", (nn.Module,), {})()
+    with pytest.raises(ModelError, match="NewMambaMixer"):
+        check_architecture(undeclared, packed=True)
+
+
+def test_attention_patterns_that_are_not_ours_are_refused():
+    with pytest.raises(ModelError, match=r"\['chunked_attention'\]"):
+        check_architecture(stub_model("Llama4ForCausalLM", layer_types=["chunked_attention"]), packed=False)
+    with pytest.raises(ModelError, match="use_bidirectional_attention"):
+        check_architecture(stub_model("Gemma3", use_bidirectional_attention=True), packed=True)
+    own_code = stub_model("BloomForCausalLM")
+    own_code._supports_attention_backend = False
+    with pytest.raises(ModelError, match="BloomForCausalLM has its own attention code"):
+        check_architecture(own_code, packed=True)
+
+
+def needs(*features: str, device="cpu", dtype=torch.float32, head_size=64, capability=(9, 0)) -> Requirements:
+    return Requirements(device, dtype, head_size, frozenset(features), capability)
+
+
+def test_requirements_are_read_from_the_model():
+    assert requirements(tiny_model("qwen2"), "cpu", torch.float32).features == {"gqa"}
+    assert requirements(tiny_model("gemma2"), "cpu", torch.float32).features == {"gqa", "sliding_window", "softcap"}
+    oss = requirements(tiny_model("gpt_oss", num_key_value_heads=4), "cpu", torch.bfloat16)
+    assert (oss.features, oss.head_size, oss.dtype) == ({"sliding_window", "sinks"}, 16, torch.bfloat16)
+
+
+def test_choice_of_backend():
+    assert choose_backend("auto", needs("gqa", "softcap", "sinks")) is BACKENDS["sdpa"]
+    assert choose_backend("flex", needs("gqa", device="cuda")) is BACKENDS["flex"]
+    with pytest.raises(ConfigError, match="flash_attention_9 is not known"):
+        choose_backend("flash_attention_9", needs())
+    with pytest.raises(ConfigError, match="flex cannot be used: it has no sinks"):
+        choose_backend("flex", needs("sinks", device="cuda"))
+    with pytest.raises(ConfigError, match=r"varlen cannot be used: it runs on \['cuda'\], not cpu"):
+        choose_backend("varlen", needs())
+
+
+def test_objections_name_each_reason():
+    found = objections("flash_attention_2", needs("sinks", device="cuda", head_size=260, capability=(7, 5)))
+    assert found[:5] == [
+        "it does not take torch.float32",
+        "the GPU is (7, 5)",
+        "head size 260 is above 256",
+        "head size 260 is no multiple of 8",
+        "it has no sinks",
+    ]
+
+
+def test_on_a_gpu_auto_prefers_what_is_installed_and_exact():
+    hopper = {"device": "cuda", "dtype": torch.bfloat16}
+    installed = [name for name, backend in BACKENDS.items() if backend.missing() is None]
+    assert choose_backend("auto", needs("gqa", **hopper)) is BACKENDS[installed[0]]
+    assert choose_backend("auto", needs("sinks", **hopper)) is BACKENDS["sdpa"]
+    assert choose_backend("auto", needs("softcap", device="cuda")) is BACKENDS["sdpa"]
