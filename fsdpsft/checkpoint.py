@@ -1,0 +1,513 @@
+"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to go on from, whole or not there at all.
+
+A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; that is the only
+time training stands still. The second (on a thread, or at once) writes: the state as one safetensors file per rank in
+the layout of ``torch.distributed.checkpoint``, the model as Hub files whose owners collect one tensor at a time over a
+process group on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at
+the root and lets old checkpoints go. Every rank learns the outcome; a failed save is an error of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from fsdpsft.errors import CheckpointError
+from fsdpsft.hf_export import (
+    Handoff,
+    copy_hub_files,
+    declared_ties,
+    named_tensors,
+    plan_export,
+    prove_model,
+    source_template,
+    write_hub_files,
+)
+from fsdpsft.storage.files import FileRecord, require_space, write_json
+from fsdpsft.storage.manifest import Manifest, verify, write_manifest
+from fsdpsft.storage.pieces import Exchange, Piece, Staging, all_gather, piece_of
+from fsdpsft.storage.run_folder import RunFolder
+from fsdpsft.storage.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
+from fsdpsft.storage.tensor_writer import TensorSpec
+from fsdpsft.training_state import (
+    MODEL,
+    OPTIMIZER,
+    TrainState,
+    allocate_optimizer_state,
+    capture_rng,
+    optimizer_tensors,
+    restore_rng,
+)
+
+logger = logging.getLogger(__name__)
+
+STATE_FOLDER, ADAPTER_FOLDER, HUB_FOLDER = "trainer_state", "lora_adapter", "trainer_state/model_files"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA: what is written in place of the weights in training, and beside them.
+
+    Attributes:
+        merged: the plain model's tensors with the adapter added, by plain name; read once, on every rank in one order.
+        tensors: the adapter alone, under PEFT's names.
+        config: content of ``adapter_config.json``.
+    """
+
+    merged: Iterable[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch and what the model in training answers to it.
+
+    Attributes:
+        input_ids: [1, T], on the CPU.
+        logits: [1, T, V], on the CPU.
+        tolerance: largest allowed |difference| / |logits| (Euclidean norms over all positions).
+    """
+
+    input_ids: Tensor
+    logits: Tensor
+    tolerance: float = 0.05
+
+
+@dataclass
+class _Job:
+    """One save, cut loose from the tensors in training."""
+
+    state: TrainState
+    metric: float | None
+    training: dict[str, Piece] = field(default_factory=dict)
+    weights: dict[str, Piece] = field(default_factory=dict)
+    weight_files: list[PlannedFile] = field(default_factory=list)
+    adapter: dict[str, Piece] = field(default_factory=dict)
+    adapter_config: Mapping[str, Any] | None = None
+    rng: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    vocab_size: int | None = None
+    probe: Probe | None = None
+
+    @property
+    def adapter_files(self) -> list[PlannedFile]:
+        """The adapter as one file, named as PEFT looks for it."""
+        units = [Unit((p.name,), (TensorSpec(p.name, p.dtype, p.shape),)) for p in self.adapter.values()]
+        units.sort(key=lambda unit: -unit.dtype.itemsize)
+        return [PlannedFile(f"{ADAPTER_FOLDER}/adapter_model.safetensors", tuple(units))] if units else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that will be written, by all ranks together."""
+        written = sum(piece.nbytes for piece in (*self.training.values(), *self.adapter.values()))
+        return written + sum(file.nbytes for file in self.weight_files)
+
+
+class CheckpointManager:
+    """Saves, keeps, verifies and loads the checkpoints of one run. Every rank makes one and calls it alike."""
+
+    def __init__(
+        self,
+        root: Path,
+        handoff: Handoff,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        publish: Literal["newest", "best"] = "newest",
+        lower_is_better: bool = True,
+        on_error: Literal["error", "continue"] = "error",
+        timeout: timedelta = timedelta(hours=2),
+    ) -> None:
+        """Collective where ``torch.distributed`` is initialised: makes a gloo group of its own.
+
+        Args:
+            root: ``trainer.default_local_dir``, on a file system all ranks see.
+            handoff: what goes with the exported weights.
+            keep: number of newest checkpoints kept (None: all); the best one stays besides.
+            keep_every: checkpoints of steps divisible by it stay too.
+            publish: which checkpoint the root directory shows.
+            lower_is_better: sense of the metric.
+            on_error: whether a failed save ends the run ("error") or is logged ("continue").
+            timeout: for one rank waiting for another while files are written.
+        """
+        self.folder = RunFolder(root)
+        self._handoff = handoff
+        self._keep, self._keep_every = keep, keep_every
+        self._publish, self._lower_is_better, self._on_error = publish, lower_is_better, on_error
+        # A group of its own: a background save must not mix its messages with those of training.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self._rank = dist.get_rank() if self._group is not None else 0
+        self._staging = Staging()
+        self._running: Future[None] | None = None
+        if self._rank == 0:
+            self.folder.clean()
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        *,
+        contents: Collection[str] = ("model", "state"),
+        metric: float | None = None,
+        adapter: Adapter | None = None,
+        probe: Probe | None = None,
+        background: bool = False,
+    ) -> float:
+        """Write ``global_step_N`` for ``state.step``. Collective. Waits for the save before it.
+
+        Args:
+            model: the transformers model, its parameters sharded or not.
+            optimizer: needed where ``contents`` has "state".
+            state: where the run stands.
+            contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
+            metric: of this step, to find the best checkpoint by.
+            adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
+            probe: compare the exported model's logits with these (loads the model in one process; rank 0's counts).
+            background: return once the tensors are copied to host memory, and write on a thread.
+
+        Returns:
+            Seconds that the caller stood still.
+
+        Raises:
+            CheckpointError: this save (or, with ``background``, the one before it) failed and ``on_error`` is "error".
+        """
+        self.wait()
+        began = time.perf_counter()
+        job = self._prepare(model, optimizer, state, frozenset(contents), adapter, copy=background)
+        job.metric = metric if metric is not None and isfinite(metric) else None
+        job.probe = probe
+        self._running = Future()
+        if background:
+            threading.Thread(target=self._fulfil, args=(job, self._running), name="checkpoint", daemon=True).start()
+        else:
+            self._fulfil(job, self._running)
+            self.wait()
+        stall = time.perf_counter() - began
+        logger.info("checkpoint of step %d: training stood still for %.2f s", state.step, stall)
+        return stall
+
+    def wait(self) -> None:
+        """Wait for the save under way. Called by every rank.
+
+        Raises:
+            CheckpointError: it failed, and ``on_error`` is "error".
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except CheckpointError as error:
+            if self._on_error == "error":
+                raise
+            logger.error("%s Training goes on, as trainer.on_disk_full=continue asks.", error)
+
+    def close(self) -> None:
+        """Wait for the save and the deletions under way."""
+        self.wait()
+        self.folder.finish_deletions()
+
+    def latest_good(self) -> Path | None:
+        """The newest checkpoint that can be resumed from and passes every check; worse ones are named in a warning.
+
+        Collective: the ranks share the reading. None where there is nothing to resume from.
+        """
+        paths = all_gather([path for _, path in reversed(self.folder.checkpoints())], self._group)[0]
+        for path in paths:
+            problem = self._problem(path)
+            if problem is None:
+                return Path(path)
+            if self._rank == 0:
+                logger.warning("not resuming from %s: %s", path.name, problem)
+        return None
+
+    def _problem(self, path: Path) -> str | None:
+        size = dist.get_world_size(self._group) if self._group is not None else 1
+        problem = None
+        try:
+            manifest = verify(path, part=self._rank, parts=size)
+            if f"{STATE_FOLDER}/state.json" not in manifest.files:
+                problem = f"{path} has no {STATE_FOLDER}/ (it was saved with trainer.save_contents=[model])."
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        return next((found for found in all_gather(problem, self._group) if found is not None), None)
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, verified: bool = False) -> TrainState:
+        """Fill model, optimiser and random generators from a checkpoint, on any number of ranks. Collective.
+
+        Args:
+            path: a ``global_step_N`` folder.
+            model: as it was when saved (same architecture, same LoRA), sharded in any way.
+            optimizer: None leaves the optimiser state unread.
+            verified: the caller has just had it from ``latest_good``.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, has no state, or is of another model.
+        """
+        if not verified and (problem := self._problem(path)) is not None:
+            raise CheckpointError(problem)
+        content = read_state(path)
+        saved = saved_tensors(content)
+        parameters = named_tensors(model) if content["complete"] else _trained_tensors(model)
+        target = {f"{MODEL}{name}": tensor.detach() for name, tensor in parameters.items()}
+        _compare(path, {k: v for k, v in saved.items() if k.startswith(MODEL)}, target)
+        if optimizer is not None:
+            wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
+            target.update(allocate_optimizer_state(parameters, optimizer, wanted))
+        self._read(path / STATE_FOLDER, target)
+        if len(content["rng"]) == (dist.get_world_size(self._group) if self._group is not None else 1):
+            restore_rng(content["rng"][self._rank])
+        else:
+            logger.warning("saved on %d processes: dropout draws will differ from there on", len(content["rng"]))
+        return TrainState(**content["state"])
+
+    def _read(self, folder: Path, target: dict[str, Any]) -> None:
+        """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+
+    # --- the first half of a save: what, and its copy -----------------------------------------------------------
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        contents: frozenset[str],
+        adapter: Adapter | None,
+        *,
+        copy: bool,
+    ) -> _Job:
+        """Say what is to be written, and copy it to the host if it is to be written later."""
+        parameters = named_tensors(model) if adapter is None else _trained_tensors(model)
+        job = _Job(replace(state), None, rng=capture_rng())
+        held = {name: self._piece(name, tensor, copy) for name, tensor in parameters.items()}
+        if "state" in contents:
+            assert optimizer is not None, "a resumable state needs the optimiser"
+            job.training = {f"{MODEL}{name}": replace(piece, name=f"{MODEL}{name}") for name, piece in held.items()}
+            for name, tensor in optimizer_tensors(parameters, optimizer).items():
+                job.training[name] = self._piece(name, tensor, copy)
+        if adapter is not None:
+            job.adapter_config = dict(adapter.config)
+            job.adapter = {name: self._piece(f"adapter/{name}", tensor, True, name) for name, tensor in adapter.tensors}
+        if "model" in contents:
+            # Merged weights exist only while they are read, so they are copied even for a save at once.
+            merged = {} if adapter is None else {n: self._piece(f"merged/{n}", t, True, n) for n, t in adapter.merged}
+            job.weights = merged or held
+            job.weight_files = plan_export(model, job.weights, self._handoff)
+            job.tied = any(dropped not in job.weights for dropped in declared_ties(model))
+            job.vocab_size = _vocab_size(model)
+        self._staging.finish()
+        return job
+
+    def _piece(self, name: str, tensor: Tensor, copy: bool, final_name: str | None = None) -> Piece:
+        piece = piece_of(name, tensor, self._rank)
+        return replace(self._staging.copy(piece) if copy else piece, name=final_name or name)
+
+    # --- the second half: files ---------------------------------------------------------------------------------
+
+    def _fulfil(self, job: _Job, promise: Future[None]) -> None:
+        try:
+            self._write(job)
+        except BaseException as error:  # noqa: BLE001 - raised again on the thread that waits
+            promise.set_exception(error)
+        else:
+            promise.set_result(None)
+
+    def _write(self, job: _Job) -> None:
+        """Write, vote, prove, commit. Collective over the manager's own group."""
+        began = time.perf_counter()
+        self._agree(self._begin, job)
+        problems: list[str] = []
+        records: dict[str, FileRecord] = {}
+        folder = self.folder.root / f".tmp-global_step_{job.state.step}"
+        rank_file = f"{STATE_FOLDER}/rank-{self._rank:05d}.safetensors"
+        self._attempt(records, problems, lambda: write_local_pieces(folder, rank_file, job.training))
+        for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
+            if files:
+                exchange = Exchange(pieces, self._group)
+                self._attempt(records, problems, lambda: write_tensor_files(folder, files, pieces, exchange))  # noqa: B023
+        gathered = all_gather((records, problems, job.rng), self._group)
+        if failures := [problem for _, found, _ in gathered for problem in found]:
+            self._agree(lambda _: self.folder.abandon(job.state.step), job)
+            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {'; '.join(failures)}")
+        merged = {name: record for found, _, _ in gathered for name, record in found.items()}
+        self._agree(lambda job: self._finish(job, folder, merged, [rng for _, _, rng in gathered]), job)
+        logger.info("checkpoint of step %d saved and proven in %.1f s", job.state.step, time.perf_counter() - began)
+
+    def _attempt(self, records: dict[str, FileRecord], problems: list[str], write: Any) -> None:
+        try:
+            records.update(write())
+        except (OSError, CheckpointError) as error:
+            problems.append(f"rank {self._rank}: {error}")
+
+    def _agree(self, act: Any, job: _Job) -> None:
+        """Have rank 0 act, and every rank fail if it failed."""
+        problem = None
+        if self._rank == 0:
+            try:
+                act(job)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for this word
+                logger.debug("saving step %d failed", job.state.step, exc_info=True)
+                problem = f"{error}" if isinstance(error, (CheckpointError, OSError)) else repr(error)
+                self.folder.abandon(job.state.step)
+        problem = all_gather(problem, self._group)[0]
+        if problem is not None:
+            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {problem}")
+
+    def _begin(self, job: _Job) -> None:
+        self.folder.root.mkdir(parents=True, exist_ok=True)
+        require_space(self.folder.root, job.nbytes)
+        folder = self.folder.begin(job.state.step)
+        if job.training:
+            (folder / STATE_FOLDER).mkdir()
+
+    def _finish(self, job: _Job, folder: Path, records: dict[str, FileRecord], rng: list[Any]) -> None:
+        """Rank 0, once every tensor file is written: the small files, the proof, the manifest, the rename."""
+        verdict: dict[str, Any] = {}
+        if job.weight_files:
+            records.update(write_hub_files(folder, job.weight_files, self._handoff, job.vocab_size))
+            verdict = prove_model(folder, job.weight_files, self._handoff, tied=job.tied)
+            if job.probe is not None:
+                verdict["logits"] = compare_logits(folder, job.probe)
+        if job.adapter:
+            name = f"{ADAPTER_FOLDER}/adapter_config.json"
+            records[name] = write_json(folder / name, job.adapter_config)
+        if job.training:
+            records.update(self._write_state(job, folder, rng))
+        fingerprints = self._fingerprints(job, records)
+        write_manifest(folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints))
+        self.folder.commit(job.state.step)
+        best = self.folder.best(self._lower_is_better)
+        if job.weight_files and (self._publish == "newest" or best in (None, job.state.step)):
+            self.folder.publish(job.state.step)
+        self.folder.retire(self._keep, self._keep_every, best)
+
+    def _write_state(self, job: _Job, folder: Path, rng: list[Any]) -> dict[str, FileRecord]:
+        tensors = {name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in job.training.items()}
+        content = {
+            "format_version": 1,
+            "complete": job.adapter_config is None,
+            "state": job.state.as_dict(),
+            "source": str(self._handoff.source),
+            "adapter_config": job.adapter_config,
+            "handoff": {
+                "chat_template": self._handoff.chat_template,
+                "eos_token_ids": list(self._handoff.eos_token_ids),
+            },
+            "tied": job.tied,
+            "tensors": tensors,
+            "rng": rng,
+        }
+        copied = copy_hub_files(self._handoff.source, folder / HUB_FOLDER)
+        records = {f"{HUB_FOLDER}/{name}": record for name, record in copied.items()}
+        records[f"{STATE_FOLDER}/state.json"] = write_json(folder / STATE_FOLDER / "state.json", content)
+        return records
+
+    def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
+        template = self._handoff.chat_template or source_template(self._handoff.source) or ""
+        weights = json.dumps([[file.path, records[file.path].sha256] for file in job.weight_files])
+        return {
+            **self._handoff.fingerprints,
+            "model": sha256(weights.encode()).hexdigest() if job.weight_files else None,
+            "chat_template": sha256(template.encode()).hexdigest(),
+            "data": job.state.data_fingerprint,
+            "tokens": job.state.tokens,
+            "trained_tokens": job.state.trained_tokens,
+            "source": str(self._handoff.source),
+        }
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is not what this version writes.
+    """
+    file = path / STATE_FOLDER / "state.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no {STATE_FOLDER}/state.json: there is no state to resume from.")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint.") from error
+    if version != 1:
+        raise CheckpointError(f"{file} has format_version {version}; this version of fsdpsft reads 1.")
+    return content
+
+
+def saved_tensors(content: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor in a state."""
+    return {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+
+
+def compare_logits(folder: Path, probe: Probe) -> dict[str, Any]:
+    """Load an exported model as its consumers do and compare its logits with the trainer's.
+
+    Memory: the whole model, in its dtype on disk, in this process.
+
+    Returns:
+        The figures, for the manifest.
+
+    Raises:
+        CheckpointError: the difference is larger than the probe allows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype="auto")
+    with torch.inference_mode():
+        found = model.eval()(probe.input_ids).logits.double()
+    expected = probe.logits.double()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
+    if not error <= probe.tolerance:
+        raise CheckpointError(
+            f"{folder}: the exported model answers a probe batch with logits {error:.2%} away from the trainer's "
+            f"(allowed {probe.tolerance:.2%}; same most likely token at {agreement:.1%} of positions)."
+        )
+    return {"relative_error": error, "tolerance": probe.tolerance, "same_argmax": agreement}
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that training changes, by name; frozen ones are as they are in the source model."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            named.setdefault(id(value), (name.replace("_orig_mod.", ""), value))
+    return dict(named.values())
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else None
+
+
+def _compare(path: Path, saved: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], target: Mapping[str, Tensor]) -> None:
+    if missing := sorted(set(target) - set(saved)):
+        raise CheckpointError(f"{path} was saved from another model: it lacks {missing[:4]} and {len(missing)} in all.")
+    if surplus := sorted(set(saved) - set(target)):
+        raise CheckpointError(f"{path} was saved from another model: this one lacks {surplus[:4]}, {len(surplus)} in all.")
+    for name, tensor in target.items():
+        if saved[name][1] != tuple(tensor.shape):
+            raise CheckpointError(f"{path}: {name} has shape {saved[name][1]}, this model's has {tuple(tensor.shape)}.")

@@ -1,0 +1,347 @@
+"""From the tensors in training to the files of a Hugging Face model.
+
+What is written is what ``save_pretrained`` would write (names, ties, layout), but cut up beforehand, so that each rank
+writes whole files of its own and no process holds the model. Config and tokenizer are the source model's files, byte
+for byte, except for what training changed: a consumer pinned to an older transformers keeps working.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+
+from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.model.tensor_files import open_model_files
+from fsdpsft.storage.files import FileRecord, copy_file, record_of, write_bytes, write_json
+from fsdpsft.storage.pieces import Piece
+from fsdpsft.storage.run_folder import INDEX_FILE
+from fsdpsft.storage.tensor_plan import PlannedFile, Unit, build_index, split_into_files
+from fsdpsft.storage.tensor_writer import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+_CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_CARRIED_NAMES = re.compile(r"(LICENSE|NOTICE).*", re.IGNORECASE)
+_NOT_CARRIED = re.compile(r"manifest\.json|.*\.index\.json|adapter_config\.json|trainer_state\.json|requirements\.txt")
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """What is handed on, beside the weights.
+
+    Attributes:
+        source: folder of the model training began from.
+        dtype: of the floating-point weights on disk; None keeps each tensor's dtype in the source's files.
+        max_shard_bytes: largest weights file.
+        chat_template: the template trained with; None keeps the source's.
+        eos_token_ids: tokens that end a turn; generation_config.json will name them all.
+        tokenizer: given only if training changed it (new tokens); saved in place of the source's files.
+        fingerprints: put into the manifest (template, data, ...).
+    """
+
+    source: Path
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5_000_000_000
+    chat_template: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    tokenizer: PreTrainedTokenizerFast | None = None
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the name they have in the plain model, tied ones once.
+
+    Taken from ``state_dict``, whose hooks bring FSDP2 parameters back to their sharded form and hide checkpoint
+    wrappers; a compiled block's ``_orig_mod.`` is taken out here. Of tied names the one ``save_pretrained`` drops is
+    dropped.
+
+    Raises:
+        ModelError: the model declares two names tied that no longer share their tensor, or the reverse.
+    """
+    tensors = {
+        name.replace("_orig_mod.", ""): value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    for dropped, kept in declared_ties(model).items():
+        if dropped in tensors and kept in tensors:
+            if tensors[dropped] is not tensors[kept]:
+                raise ModelError(f"{dropped} is declared tied to {kept}, but they are two tensors; the tie was lost.")
+            del tensors[dropped]
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter) and (other := seen.setdefault(id(tensor), name)) != name:
+            raise ModelError(f"{name} and {other} are one tensor, which the model's class does not declare.")
+    return tensors
+
+
+def declared_ties(model: nn.Module) -> dict[str, str]:
+    """Dropped name -> kept name, as transformers expands ``_tied_weights_keys`` (empty where the config unties)."""
+    ties = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
+    return dict(ties)
+
+
+def plan_export(model: nn.Module, pieces: Mapping[str, Piece], handoff: Handoff) -> list[PlannedFile]:
+    """Plan the weight files: names and shapes as on the Hub, dtypes as in the source (or ``handoff.dtype``).
+
+    Args:
+        model: the transformers model, for its layout conversions.
+        pieces: name in the model -> piece (only shape and dtype are looked at).
+        handoff: source folder, dtype, file size.
+    """
+    on_disk = _dtype_chooser(handoff)
+    whole = {name: torch.empty(piece.shape, dtype=piece.dtype, device="meta") for name, piece in pieces.items()}
+    final = revert_weight_conversion(model, dict(whole))
+    plain = [n for n, t in whole.items() if n in final and final[n].shape == t.shape]
+    units = {n: Unit((n,), (TensorSpec(n, on_disk(n, whole[n].dtype), tuple(whole[n].shape)),)) for n in plain}
+    rest = {n: t for n, t in whole.items() if n not in units}
+    if rest:
+        logger.info("%d tensors are stored in another layout than they have in memory; converting them", len(rest))
+        wanted = {n: t for n, t in final.items() if n not in units}
+        units.update({unit.sources[0]: unit for unit in _conversion_units(model, rest, wanted, on_disk)})
+    return split_into_files([units[n] for n in whole if n in units], handoff.max_shard_bytes)
+
+
+def _conversion_units(model: nn.Module, rest: dict[str, Tensor], wanted: dict[str, Tensor], on_disk: Any) -> list[Unit]:
+    """Group tensors so that each group converts on its own to the very tensors the whole converts to.
+
+    One tensor at a time where that works (experts split apart), else a layer at a time, else all at once.
+    """
+    groupings = (
+        [[name] for name in rest],
+        list(_by_layer(rest).values()),
+        [list(rest)],
+    )
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    for groups in groupings:
+        made = [_try_convert(model, {name: rest[name] for name in group}) for group in groups]
+        if all(m is not None for m in made) and {n: t.shape for m in made if m for n, t in m.items()} == shapes:
+            return [_unit(model, group, m, on_disk) for group, m in zip(groups, made, strict=True) if m]
+    raise CheckpointError(f"{type(model).__name__}: cannot bring {sorted(rest)[:4]}... into the layout of its files.")
+
+
+def _unit(model: nn.Module, group: list[str], made: dict[str, Tensor], on_disk: Any) -> Unit:
+    dtypes = {on_disk(name, tensor.dtype) for name, tensor in made.items()}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    outputs = tuple(TensorSpec(name, widest, tuple(tensor.shape)) for name, tensor in made.items())
+    return Unit(tuple(group), outputs, partial(revert_weight_conversion, model))
+
+
+def _try_convert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    try:
+        return dict(revert_weight_conversion(model, tensors))
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError):  # a conversion that lacks its other sources
+        return None
+
+
+def _by_layer(names: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(r".*?\.\d+\.", name)
+        layers.setdefault(match[0] if match else "", []).append(name)
+    return layers
+
+
+def _dtype_chooser(handoff: Handoff) -> Any:
+    """Return ``f(name on disk, dtype in memory) -> dtype on disk``."""
+    if handoff.dtype is not None:
+        chosen = handoff.dtype
+        return lambda name, held: chosen if held.is_floating_point else held
+    with_dtypes = {name: entry.dtype for name, entry in open_model_files(handoff.source).items()}
+    floating = Counter(dtype for dtype in with_dtypes.values() if dtype.is_floating_point)
+    usual = floating.most_common(1)[0][0] if floating else torch.float32
+
+    def choose(name: str, held: torch.dtype) -> torch.dtype:
+        if not held.is_floating_point:
+            return held
+        return with_dtypes[name] if name in with_dtypes else usual
+
+    return choose
+
+
+def write_hub_files(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, vocab_size: int | None) -> dict[str, FileRecord]:
+    """Write all but the weights: config, generation config, tokenizer, chat template, index.
+
+    Args:
+        folder: the model's folder, already there.
+        files: the weight files, for the index and the dtype.
+        handoff: see ``Handoff``.
+        vocab_size: rows of the embedding now; None leaves the config's number.
+
+    Returns:
+        Each file written.
+    """
+    records = {}
+    for path in carried_files(handoff.source):
+        name = path.relative_to(handoff.source).as_posix()
+        records[name] = copy_file(path, folder / name)
+    records.update(_patch_config(folder, files, vocab_size))
+    if handoff.tokenizer is not None:
+        handoff.tokenizer.save_pretrained(folder)
+        present = [p.relative_to(folder).as_posix() for p in carried_files(folder)]
+        records.update({name: record_of(folder / name) for name in present})
+    if handoff.chat_template is not None:
+        records.update(_put_template(folder, handoff.chat_template))
+    if handoff.eos_token_ids:
+        records.update(_name_stop_tokens(folder, handoff.eos_token_ids))
+    if len(files) > 1:
+        records[INDEX_FILE] = write_json(folder / INDEX_FILE, build_index(files))
+    return records
+
+
+def carried_files(source: Path) -> list[Path]:
+    """The files of a model folder that are not weights: configs, tokenizer, templates, remote code, licence."""
+    found = [path for path in source.iterdir() if path.is_file()]
+    if (source / "chat_templates").is_dir():
+        found += [path for path in (source / "chat_templates").iterdir() if path.is_file()]
+    kept = (p for p in found if p.suffix in _CARRIED_SUFFIXES or _CARRIED_NAMES.fullmatch(p.name))
+    return sorted(p for p in kept if not _NOT_CARRIED.fullmatch(p.name) and not p.name.startswith("."))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def _patch_config(folder: Path, files: Sequence[PlannedFile], vocab_size: int | None) -> dict[str, FileRecord]:
+    """Bring config.json in line with the weights (dtype, vocabulary); untouched bytes where it already is."""
+    path = folder / "config.json"
+    config = _read_json(path)
+    counted = Counter({spec.dtype: 0 for file in files for spec in file.specs})
+    for file in files:
+        for spec in file.specs:
+            counted[spec.dtype] += spec.nbytes
+    dtype = str(counted.most_common(1)[0][0]).removeprefix("torch.")
+    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if vocab_size is not None and "vocab_size" in config:
+        changes["vocab_size"] = vocab_size
+    if all(config[key] == value for key, value in changes.items()):
+        return {}
+    return {"config.json": write_json(path, {**config, **changes})}
+
+
+def source_template(folder: Path) -> str | None:
+    """The default chat template of a model folder, wherever it is kept; None where there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    template = config["chat_template"] if "chat_template" in config else None
+    if isinstance(template, list):  # several, by name: the form before chat_templates/
+        named = {item["name"]: item["template"] for item in template}
+        template = named["default"] if "default" in named else None
+    return template if isinstance(template, str) else None
+
+
+def _put_template(folder: Path, template: str) -> dict[str, FileRecord]:
+    """Make ``template`` the folder's default template, where both transformers 5 and 4 look for it."""
+    if source_template(folder) == template:
+        return {}
+    records = {"chat_template.jinja": write_bytes(folder / "chat_template.jinja", template.encode())}
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    if "chat_template" in config:
+        records["tokenizer_config.json"] = write_json(path, {**config, "chat_template": template})
+    return records
+
+
+def _name_stop_tokens(folder: Path, eos_token_ids: Sequence[int]) -> dict[str, FileRecord]:
+    """Have generation_config.json stop at every token that training taught the model to end a turn with."""
+    path = folder / "generation_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    named = _as_list(config["eos_token_id"] if "eos_token_id" in config else None)
+    missing = [token for token in eos_token_ids if token not in named]
+    if not missing:
+        return {}
+    logger.info("generation_config.json: eos_token_id %s gains %s, which training ends turns with", named, missing)
+    merged = named + missing
+    return {path.name: write_json(path, {**config, "eos_token_id": merged[0] if len(merged) == 1 else merged})}
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *, tied: bool) -> dict[str, Any]:
+    """Open an exported model as its consumers will, and compare it with what was meant.
+
+    The bytes of the weights have been compared when they were written; here it is the parts together: index and key
+    set, dtype in the config, ties, tokenizer, chat template, stop tokens. No remote code is run.
+
+    Returns:
+        The verdict for the manifest.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    expected = {spec.name: spec for file in files for spec in file.specs}
+    found = open_model_files(folder)
+    if set(found) != set(expected):
+        raise CheckpointError(f"{folder}: tensors {sorted(set(found) ^ set(expected))[:6]} differ from those exported.")
+    for name, spec in expected.items():
+        if (found[name].dtype, found[name].shape) != (spec.dtype, spec.shape):
+            raise CheckpointError(f"{folder}: {name} is {found[name].dtype} {found[name].shape}, expected {spec}.")
+    remote = "auto_map" in _read_json(folder / "config.json")
+    if not remote:
+        _prove_config(folder, tied)
+    template = _prove_tokenizer(folder, handoff, remote)
+    named = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    stops = _as_list(named["eos_token_id"] if "eos_token_id" in named else None)
+    if missing := [token for token in handoff.eos_token_ids if token not in stops]:
+        raise CheckpointError(f"{folder}: generation_config.json stops at {stops} but training ends turns with {missing}.")
+    return {
+        "tensors": len(expected),
+        "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in expected.values())),
+        "tied_embeddings": tied,
+        "eos_token_id": stops,
+        "chat_template": template,
+        "weights_reread": "every byte compared",
+        "config_loaded": "not loaded: it asks for remote code" if remote else True,
+    }
+
+
+def _prove_config(folder: Path, tied: bool) -> None:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if bool(config.get_text_config().tie_word_embeddings) != tied:
+        raise CheckpointError(
+            f"{folder}: config.json says tie_word_embeddings={not tied}, but the trained embeddings are "
+            f"{'tied' if tied else 'not tied'}; the model would load with other weights."
+        )
+
+
+def _prove_tokenizer(folder: Path, handoff: Handoff, remote: bool) -> str:
+    """Load the tokenizer and compare its template; returns "as trained", "as in the source" or why it was not loaded."""
+    wanted = handoff.chat_template if handoff.chat_template is not None else source_template(handoff.source)
+    if remote or not (folder / "tokenizer_config.json").is_file():
+        return "tokenizer not loaded"
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    held = tokenizer.chat_template
+    if isinstance(held, dict):
+        held = held["default"] if "default" in held else None
+    if held != wanted:
+        raise CheckpointError(f"{folder}: the tokenizer's chat template is not the one trained with.")
+    return "as trained" if handoff.chat_template is not None else "as in the source"
+
+
+def copy_hub_files(source: Path, target: Path) -> dict[str, FileRecord]:
+    """Copy a model folder's small files (for a state that must be exportable on its own)."""
+    shutil.rmtree(target, ignore_errors=True)
+    names = [path.relative_to(source).as_posix() for path in carried_files(source)]
+    return {name: copy_file(source / name, target / name) for name in names}

@@ -1,0 +1,83 @@
+"""Durable files: checksums, fsync, free space. Nothing here knows what a model is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsdpsft.errors import CheckpointError
+
+CHUNK_BYTES = 16 << 20
+"""Bytes hashed or written at once: large enough that the GIL is let go of nearly all the time."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its length in bytes and the SHA-256 of its content (hex)."""
+
+    size: int
+    sha256: str
+
+
+def record_of(path: Path) -> FileRecord:
+    """Hash a file as it is on disk, in constant memory."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileRecord(stream.tell(), digest)
+
+
+def write_bytes(path: Path, content: bytes) -> FileRecord:
+    """Write a small file, fsync it, and return what was written."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_json(path: Path, value: Any) -> FileRecord:
+    """Write ``value`` as indented JSON, durably."""
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a file's content, durably, making the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return record_of(target)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename or a new file is lost in a power cut until this has been done."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """``fsync_folder`` for a folder and every folder below it (files are fsynced as they are closed)."""
+    for below, _, _ in os.walk(folder):
+        fsync_folder(Path(below))
+
+
+def require_space(folder: Path, needed: int, reserve: int = 64 << 20) -> None:
+    """Refuse to begin writing ``needed`` bytes under ``folder`` where they do not fit with ``reserve`` to spare.
+
+    Raises:
+        CheckpointError: names the folder, the bytes needed and the bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed + reserve > free:
+        raise CheckpointError(
+            f"{folder}: the checkpoint needs {needed:,} bytes (and {reserve:,} to spare), but {free:,} are free. "
+            f"Earlier checkpoints are untouched. Free some space, or keep fewer checkpoints (trainer.max_ckpt_to_keep)."
+        )
