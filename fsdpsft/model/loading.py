@@ -21,8 +21,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
@@ -38,6 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from fsdpsft.errors import ModelError
+from fsdpsft.model.parameters import hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.model.tensor_files import TensorFiles, open_model_files
 
 logger = logging.getLogger(__name__)
@@ -45,10 +44,6 @@ logger = logging.getLogger(__name__)
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "merges*", "vocab*")
 """What is fetched from the Hub: never pickles, never code."""
 
-_WRAPPER_PARTS = re.compile(
-    r"\b(_checkpoint_wrapped_module|_orig_mod|base_layer|original_module|modules_to_save\.\w+)\."
-)
-_ADAPTER_PARTS = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
 _LISTED = 8  # names shown in an error before "and N more"
 
 
@@ -110,7 +105,7 @@ def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrai
         ModelError: the model brings its own code and ``trust_remote_code`` is off, is of an unknown type, or quantised.
     """
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    model_type = described["model_type"] if "model_type" in described else None
+    model_type = described.get("model_type")
     if model_type not in CONFIG_MAPPING and "auto_map" in described and not trust_remote_code:
         raise ModelError(
             f"{path} needs Python code that comes with the model ({described['auto_map']}). Read that code; if you "
@@ -122,9 +117,7 @@ def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrai
         raise ModelError(f"{path / 'config.json'}: {error}") from error
     if "quantization_config" in described:
         method = described["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"{path} is quantised ({method}); quantised weights cannot be trained. Use the original model."
-        )
+        raise ModelError(f"{path} is quantised ({method}); quantised weights cannot be trained. Use the original.")
     if not trust_remote_code:
         _check_architecture(config, path)
     return config
@@ -132,15 +125,14 @@ def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrai
 
 def _check_architecture(config: PreTrainedConfig, path: Path) -> None:
     """Refuse what is not a causal language model, by name."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    built = known[config.model_type] if config.model_type in known else None
+    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     declared = config.architectures[0] if config.architectures else built
     if built is None or not built.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
             f"{path} is a {declared or config.model_type}; only causal language models (…ForCausalLM) can be trained."
         )
-    bare = MODEL_MAPPING_NAMES[config.model_type] if config.model_type in MODEL_MAPPING_NAMES else None
-    if declared != bare and not declared.endswith(("ForCausalLM", "LMHeadModel")):
+    bare = MODEL_MAPPING_NAMES.get(config.model_type)
+    if declared and declared != bare and not declared.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(f"{path} holds a {declared}; {built} is needed, and its weights are not all there.")
 
 
@@ -209,27 +201,6 @@ def _parameters_to_meta(model: PreTrainedModel) -> PreTrainedModel:
                 moved[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             setattr(module, name, moved[id(parameter)])
     return model
-
-
-# --- Names --------------------------------------------------------------------------------------------------------
-
-
-def hf_name(name: str) -> str:
-    """Name of a parameter in the plain Hugging Face model, without what LoRA, checkpointing or compile put into it."""
-    return _WRAPPER_PARTS.sub("", name)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to LoRA itself, and so has no counterpart in the base model's files."""
-    return _ADAPTER_PARTS.search(name) is not None
-
-
-def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters that are one and the same tensor, for each such tensor with several names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
 
 
 # --- Which tensor of the files goes where -------------------------------------------------------------------------
@@ -377,7 +348,7 @@ def load_weights(
         targets = _unfilled(model)
         for name, key in plan.direct.items():
             for tensor in targets.pop(name, ()):
-                local, offsets = _local_block(tensor)
+                local, offsets = local_block(tensor)
                 files.read_into(key, local, offsets)
         _fill_converted(plan.conversions, targets, files, reference, path)
         assert not targets, f"not filled: {sorted(targets)}"
@@ -390,22 +361,15 @@ def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.de
     """Replace meta tensors by uninitialised ones on ``device``, move buffers, and tie again what was tied."""
     lost = [name for name, buffer in _non_persistent_buffers(model) if buffer.is_meta]
     if lost:
-        raise ModelError(
-            f"{type(model).__name__}: the buffers {_listed(lost)} are in no file and cannot be recomputed."
-        )
+        raise ModelError(f"{type(model).__name__}: buffers {_listed(lost)} are in no file and cannot be recomputed.")
     groups = tied_groups(model)
 
     def place(tensor: Tensor) -> Tensor:
         where = device if isinstance(tensor, nn.Parameter) else buffer_device
         return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor.to(where)
 
-    model._apply(place)
-    for first, *others in groups:
-        parameter = model.get_parameter(first)
-        for name in others:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, parameter)
-    assert tied_groups(model) == groups, "tied parameters came apart"
+    model._apply(place)  # type: ignore[no-untyped-call]
+    retie(model, groups)
 
 
 def _non_persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -451,15 +415,7 @@ def _fill_converted(
             for tensor in targets.pop(name, ()):
                 if tensor.shape != whole.shape:
                     raise ModelError(f"{path}: {name} is {list(whole.shape)}, the model's is {list(tensor.shape)}.")
-                local, offsets = _local_block(tensor)
+                local, offsets = local_block(tensor)
                 for dim, offset in enumerate(offsets):
                     whole = whole.narrow(dim, offset, local.shape[dim])
                 local.copy_(whole)
-
-
-def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the part of a tensor that this process keeps, and where in the whole it begins."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.ndim
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offsets)

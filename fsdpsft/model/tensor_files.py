@@ -104,9 +104,8 @@ class TensorFiles(Mapping[str, TensorEntry]):
         if target.numel() == 0:
             return
         if target.ndim == 0:
-            target, offsets, shape = target.view(1), (0,), (1,)
-        else:
-            shape = entry.shape
+            target, offsets = target.view(1), (0,)
+        shape = entry.shape or (1,)
         row_bytes = prod(shape[1:]) * entry.dtype.itemsize
         start = entry.start + offsets[0] * row_bytes
         whole_rows = target.shape[1:] == shape[1:]
@@ -141,14 +140,12 @@ class TensorFiles(Mapping[str, TensorEntry]):
         """Read exactly the bytes of ``target`` (contiguous, CPU) from ``offset`` of ``file``."""
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
-        memory = memoryview(target.detach().view(-1).view(torch.uint8).numpy())
+        memory = target.detach().view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(memory):  # one call returns at most 2 GiB
             count = os.preadv(self._descriptors[file], [memory[done:]], offset + done)
             if count == 0:
-                raise ModelError(
-                    f"{file} ends at byte {offset + done}, in the middle of a tensor; fetch the file again."
-                )
+                raise ModelError(f"{file} ends at byte {offset + done}, in the middle of a tensor; fetch it again.")
             done += count
         self.bytes_read += done
 
