@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -25,12 +26,16 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from transformers import PreTrainedModel
 
 from fsdpsft.errors import CheckpointError
 from fsdpsft.hf_export import (
     Handoff,
+    Probe,
+    compare_logits,
     copy_hub_files,
     declared_ties,
     named_tensors,
@@ -48,16 +53,21 @@ from fsdpsft.storage.tensor_writer import TensorSpec
 from fsdpsft.training_state import (
     MODEL,
     OPTIMIZER,
+    STATE_FILE,
+    STATE_FOLDER,
     TrainState,
     allocate_optimizer_state,
     capture_rng,
+    compare_tensors,
     optimizer_tensors,
+    read_state,
     restore_rng,
+    saved_tensors,
 )
 
 logger = logging.getLogger(__name__)
 
-STATE_FOLDER, ADAPTER_FOLDER, HUB_FOLDER = "trainer_state", "lora_adapter", "trainer_state/model_files"
+ADAPTER_FOLDER, HUB_FOLDER = "lora_adapter", "trainer_state/model_files"
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,6 @@ class Adapter:
     merged: Iterable[tuple[str, Tensor]]
     tensors: Iterable[tuple[str, Tensor]]
     config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A batch and what the model in training answers to it.
-
-    Attributes:
-        input_ids: [1, T], on the CPU.
-        logits: [1, T, V], on the CPU.
-        tolerance: largest allowed |difference| / |logits| (Euclidean norms over all positions).
-    """
-
-    input_ids: Tensor
-    logits: Tensor
-    tolerance: float = 0.05
 
 
 @dataclass
@@ -244,13 +239,15 @@ class CheckpointManager:
         problem = None
         try:
             manifest = verify(path, part=self._rank, parts=size)
-            if f"{STATE_FOLDER}/state.json" not in manifest.files:
+            if STATE_FILE not in manifest.files:
                 problem = f"{path} has no {STATE_FOLDER}/ (it was saved with trainer.save_contents=[model])."
         except (CheckpointError, OSError) as error:
             problem = str(error)
         return next((found for found in all_gather(problem, self._group) if found is not None), None)
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, verified: bool = False) -> TrainState:
+    def load(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, verified: bool = False
+    ) -> TrainState:
         """Fill model, optimiser and random generators from a checkpoint, on any number of ranks. Collective.
 
         Args:
@@ -268,7 +265,7 @@ class CheckpointManager:
         saved = saved_tensors(content)
         parameters = named_tensors(model) if content["complete"] else _trained_tensors(model)
         target = {f"{MODEL}{name}": tensor.detach() for name, tensor in parameters.items()}
-        _compare(path, {k: v for k, v in saved.items() if k.startswith(MODEL)}, target)
+        compare_tensors(path, {k: v for k, v in saved.items() if k.startswith(MODEL)}, target)
         if optimizer is not None:
             wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
             target.update(allocate_optimizer_state(parameters, optimizer, wanted))
@@ -283,8 +280,8 @@ class CheckpointManager:
         """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            reader = dcp.HuggingFaceStorageReader(str(folder))
-            dcp.load(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            reader = HuggingFaceStorageReader(str(folder))
+            load_sharded(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
 
     # --- the first half of a save: what, and its copy -----------------------------------------------------------
 
@@ -342,11 +339,11 @@ class CheckpointManager:
         records: dict[str, FileRecord] = {}
         folder = self.folder.root / f".tmp-global_step_{job.state.step}"
         rank_file = f"{STATE_FOLDER}/rank-{self._rank:05d}.safetensors"
-        self._attempt(records, problems, lambda: write_local_pieces(folder, rank_file, job.training))
+        self._attempt(records, problems, partial(write_local_pieces, folder, rank_file, job.training))
         for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
             if files:
                 exchange = Exchange(pieces, self._group)
-                self._attempt(records, problems, lambda: write_tensor_files(folder, files, pieces, exchange))  # noqa: B023
+                self._attempt(records, problems, partial(write_tensor_files, folder, files, pieces, exchange))
         gathered = all_gather((records, problems, job.rng), self._group)
         if failures := [problem for _, found, _ in gathered for problem in found]:
             self._agree(lambda _: self.folder.abandon(job.state.step), job)
@@ -367,7 +364,7 @@ class CheckpointManager:
         if self._rank == 0:
             try:
                 act(job)
-            except Exception as error:  # noqa: BLE001 - the other ranks wait for this word
+            except Exception as error:  # whatever it is, the other ranks wait for this word
                 logger.debug("saving step %d failed", job.state.step, exc_info=True)
                 problem = f"{error}" if isinstance(error, (CheckpointError, OSError)) else repr(error)
                 self.folder.abandon(job.state.step)
@@ -396,7 +393,9 @@ class CheckpointManager:
         if job.training:
             records.update(self._write_state(job, folder, rng))
         fingerprints = self._fingerprints(job, records)
-        write_manifest(folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints))
+        write_manifest(
+            folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints)
+        )
         self.folder.commit(job.state.step)
         best = self.folder.best(self._lower_is_better)
         if job.weight_files and (self._publish == "newest" or best in (None, job.state.step)):
@@ -421,7 +420,7 @@ class CheckpointManager:
         }
         copied = copy_hub_files(self._handoff.source, folder / HUB_FOLDER)
         records = {f"{HUB_FOLDER}/{name}": record for name, record in copied.items()}
-        records[f"{STATE_FOLDER}/state.json"] = write_json(folder / STATE_FOLDER / "state.json", content)
+        records[STATE_FILE] = write_json(folder / STATE_FILE, content)
         return records
 
     def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
@@ -438,57 +437,6 @@ class CheckpointManager:
         }
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint's ``state.json``.
-
-    Raises:
-        CheckpointError: there is none, or it is not what this version writes.
-    """
-    file = path / STATE_FOLDER / "state.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no {STATE_FOLDER}/state.json: there is no state to resume from.")
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint.") from error
-    if version != 1:
-        raise CheckpointError(f"{file} has format_version {version}; this version of fsdpsft reads 1.")
-    return content
-
-
-def saved_tensors(content: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor in a state."""
-    return {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
-
-
-def compare_logits(folder: Path, probe: Probe) -> dict[str, Any]:
-    """Load an exported model as its consumers do and compare its logits with the trainer's.
-
-    Memory: the whole model, in its dtype on disk, in this process.
-
-    Returns:
-        The figures, for the manifest.
-
-    Raises:
-        CheckpointError: the difference is larger than the probe allows.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype="auto")
-    with torch.inference_mode():
-        found = model.eval()(probe.input_ids).logits.double()
-    expected = probe.logits.double()
-    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    agreement = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
-    if not error <= probe.tolerance:
-        raise CheckpointError(
-            f"{folder}: the exported model answers a probe batch with logits {error:.2%} away from the trainer's "
-            f"(allowed {probe.tolerance:.2%}; same most likely token at {agreement:.1%} of positions)."
-        )
-    return {"relative_error": error, "tolerance": probe.tolerance, "same_argmax": agreement}
-
-
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that training changes, by name; frozen ones are as they are in the source model."""
     named: dict[int, tuple[str, Tensor]] = {}
@@ -499,15 +447,6 @@ def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _vocab_size(model: nn.Module) -> int | None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    assert isinstance(model, PreTrainedModel), "a checkpoint is of a transformers model"
+    embeddings = model.get_input_embeddings()
     return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else None
-
-
-def _compare(path: Path, saved: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], target: Mapping[str, Tensor]) -> None:
-    if missing := sorted(set(target) - set(saved)):
-        raise CheckpointError(f"{path} was saved from another model: it lacks {missing[:4]} and {len(missing)} in all.")
-    if surplus := sorted(set(saved) - set(target)):
-        raise CheckpointError(f"{path} was saved from another model: this one lacks {surplus[:4]}, {len(surplus)} in all.")
-    for name, tensor in target.items():
-        if saved[name][1] != tuple(tensor.shape):
-            raise CheckpointError(f"{path}: {name} has shape {saved[name][1]}, this model's has {tuple(tensor.shape)}.")

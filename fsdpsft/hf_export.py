@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from fsdpsft.errors import CheckpointError, ModelError
@@ -61,6 +61,21 @@ class Handoff:
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A batch and what the model in training answers to it.
+
+    Attributes:
+        input_ids: [1, T], on the CPU.
+        logits: [1, T, V], on the CPU.
+        tolerance: largest allowed |difference| / |logits| (Euclidean norms over all positions).
+    """
+
+    input_ids: Tensor
+    logits: Tensor
+    tolerance: float = 0.05
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the name they have in the plain model, tied ones once.
 
@@ -90,7 +105,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def declared_ties(model: nn.Module) -> dict[str, str]:
     """Dropped name -> kept name, as transformers expands ``_tied_weights_keys`` (empty where the config unties)."""
-    ties = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
+    ties: Any = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
     return dict(ties)
 
 
@@ -167,12 +182,14 @@ def _dtype_chooser(handoff: Handoff) -> Any:
     def choose(name: str, held: torch.dtype) -> torch.dtype:
         if not held.is_floating_point:
             return held
-        return with_dtypes[name] if name in with_dtypes else usual
+        return with_dtypes.get(name, usual)
 
     return choose
 
 
-def write_hub_files(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, vocab_size: int | None) -> dict[str, FileRecord]:
+def write_hub_files(
+    folder: Path, files: Sequence[PlannedFile], handoff: Handoff, vocab_size: int | None
+) -> dict[str, FileRecord]:
     """Write all but the weights: config, generation config, tokenizer, chat template, index.
 
     Args:
@@ -241,10 +258,10 @@ def source_template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
-    template = config["chat_template"] if "chat_template" in config else None
+    template = config.get("chat_template")
     if isinstance(template, list):  # several, by name: the form before chat_templates/
         named = {item["name"]: item["template"] for item in template}
-        template = named["default"] if "default" in named else None
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -264,7 +281,7 @@ def _name_stop_tokens(folder: Path, eos_token_ids: Sequence[int]) -> dict[str, F
     """Have generation_config.json stop at every token that training taught the model to end a turn with."""
     path = folder / "generation_config.json"
     config = _read_json(path) if path.is_file() else {}
-    named = _as_list(config["eos_token_id"] if "eos_token_id" in config else None)
+    named = _as_list(config.get("eos_token_id"))
     missing = [token for token in eos_token_ids if token not in named]
     if not missing:
         return {}
@@ -303,9 +320,11 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
         _prove_config(folder, tied)
     template = _prove_tokenizer(folder, handoff, remote)
     named = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    stops = _as_list(named["eos_token_id"] if "eos_token_id" in named else None)
+    stops = _as_list(named.get("eos_token_id"))
     if missing := [token for token in handoff.eos_token_ids if token not in stops]:
-        raise CheckpointError(f"{folder}: generation_config.json stops at {stops} but training ends turns with {missing}.")
+        raise CheckpointError(
+            f"{folder}: generation_config.json stops at {stops} but training ends turns with {missing}."
+        )
     return {
         "tensors": len(expected),
         "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in expected.values())),
@@ -327,17 +346,42 @@ def _prove_config(folder: Path, tied: bool) -> None:
 
 
 def _prove_tokenizer(folder: Path, handoff: Handoff, remote: bool) -> str:
-    """Load the tokenizer and compare its template; returns "as trained", "as in the source" or why it was not loaded."""
+    """Load the tokenizer and compare its template; say which it is."""
     wanted = handoff.chat_template if handoff.chat_template is not None else source_template(handoff.source)
     if remote or not (folder / "tokenizer_config.json").is_file():
         return "tokenizer not loaded"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     held = tokenizer.chat_template
     if isinstance(held, dict):
-        held = held["default"] if "default" in held else None
+        held = held.get("default")
     if held != wanted:
         raise CheckpointError(f"{folder}: the tokenizer's chat template is not the one trained with.")
     return "as trained" if handoff.chat_template is not None else "as in the source"
+
+
+def compare_logits(folder: Path, probe: Probe) -> dict[str, Any]:
+    """Load an exported model as its consumers do and compare its logits with the trainer's.
+
+    Memory: the whole model, in its dtype on disk, in this process.
+
+    Returns:
+        The figures, for the manifest.
+
+    Raises:
+        CheckpointError: the difference is larger than the probe allows.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype="auto")
+    with torch.inference_mode():
+        found = model.eval()(probe.input_ids).logits.double()
+    expected = probe.logits.double()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
+    if not error <= probe.tolerance:
+        raise CheckpointError(
+            f"{folder}: the exported model answers a probe batch with logits {error:.2%} away from the trainer's "
+            f"(allowed {probe.tolerance:.2%}; same most likely token at {agreement:.1%} of positions)."
+        )
+    return {"relative_error": error, "tolerance": probe.tolerance, "same_argmax": agreement}
 
 
 def copy_hub_files(source: Path, target: Path) -> dict[str, FileRecord]:

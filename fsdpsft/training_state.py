@@ -7,9 +7,11 @@ nothing of a checkpoint can run code when it is opened.
 from __future__ import annotations
 
 import base64
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,10 @@ from torch.distributed.tensor import DTensor
 from fsdpsft.errors import CheckpointError
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
+Saved = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and whole shape of a saved tensor."""
+STATE_FOLDER = "trainer_state"
+STATE_FILE = "trainer_state/state.json"
 
 
 @dataclass
@@ -49,6 +55,45 @@ class TrainState:
     def as_dict(self) -> dict[str, Any]:
         """As written to ``state.json``."""
         return asdict(self)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is not what this version writes.
+    """
+    file = path / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no {STATE_FILE}: there is no state to resume from.")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint.") from error
+    if version != 1:
+        raise CheckpointError(f"{file} has format_version {version}; this version of fsdpsft reads 1.")
+    return content
+
+
+def saved_tensors(content: Mapping[str, Any]) -> dict[str, Saved]:
+    """Name -> (dtype, shape) of every tensor in a state."""
+    return {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+
+
+def compare_tensors(path: Path, saved: Mapping[str, Saved], target: Mapping[str, Tensor]) -> None:
+    """Refuse to load a checkpoint into a model with other tensors.
+
+    Raises:
+        CheckpointError: names tensors that one side lacks, or whose shapes differ.
+    """
+    if missing := sorted(set(target) - set(saved)):
+        raise CheckpointError(f"{path} was saved from another model: it lacks {missing[:4]} and {len(missing)} in all.")
+    if surplus := sorted(set(saved) - set(target)):
+        raise CheckpointError(f"{path} was saved from another model: it has {surplus[:4]}, {len(surplus)} such.")
+    for name, tensor in target.items():
+        if saved[name][1] != tuple(tensor.shape):
+            raise CheckpointError(f"{path}: {name} has shape {saved[name][1]}, this model's has {tuple(tensor.shape)}.")
 
 
 def capture_rng() -> dict[str, Any]:
@@ -108,7 +153,7 @@ def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.O
 
 
 def allocate_optimizer_state(
-    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: Mapping[str, Saved]
 ) -> dict[str, Tensor]:
     """Give ``optimizer`` empty state of the saved keys, dtypes and shapes, sharded like the parameters.
 
@@ -129,7 +174,8 @@ def allocate_optimizer_state(
         if shape == tuple(parameter.shape) and shape != ():
             tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:  # AdamW counts steps on the host unless the step itself runs on the device
-            on_device = any(groups[id(parameter)][flag] for flag in ("fused", "capturable") if flag in groups[id(parameter)])
+            group = groups[id(parameter)]
+            on_device = any(group[flag] for flag in ("fused", "capturable") if flag in group)
             tensor = torch.zeros(shape, dtype=dtype, device=_device(parameter) if on_device else "cpu")
         per_name.setdefault(name, {})[key] = tensor
     if per_name and (missing := sorted(set(trained) - set(per_name))):
@@ -158,15 +204,17 @@ class Change:
 
 HARMLESS = (
     "data.num_workers", "data.cache_dir", "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu",
-    "data.balance_dp_token", "data.val_files", "data.val_max_samples", "model.strategy", "model.compile", "model.use_liger",
-    "model.attn_implementation", "model.enable_gradient_checkpointing", "model.activation_offload", "model.mlp_tiles",
-    "model.head_chunk_tokens", "model.fsdp_config.reshard_after_forward", "model.fsdp_config.replicate_size",
+    "data.balance_dp_token", "data.val_files", "data.val_max_samples", "model.strategy", "model.compile",
+    "model.use_liger", "model.attn_implementation", "model.enable_gradient_checkpointing",
+    "model.activation_offload", "model.mlp_tiles", "model.head_chunk_tokens",
+    "model.fsdp_config.reshard_after_forward", "model.fsdp_config.replicate_size",
     "model.fsdp_config.gradient_sync", "model.fsdp_config.offload_params", "model.fsdp_config.wrap_policy",
     "ulysses_sequence_parallel_size", "use_remove_padding", "trainer.default_local_dir", "trainer.default_hdfs_dir",
     "trainer.project_name", "trainer.experiment_name", "trainer.device", "trainer.save_freq", "trainer.test_freq",
     "trainer.save_contents", "trainer.async_save", "trainer.max_shard_size", "trainer.max_ckpt_to_keep",
-    "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full", "trainer.save_on_file", "trainer.resume_mode",
-    "trainer.resume_from_path", "trainer.allow_config_change", "trainer.logger", "trainer.log_freq", "trainer.timeout",
+    "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full", "trainer.save_on_file",
+    "trainer.resume_mode", "trainer.resume_from_path", "trainer.allow_config_change", "trainer.logger",
+    "trainer.log_freq", "trainer.timeout",
 )  # fmt: skip
 """Keys (or sections) whose change leaves what is learnt as it was; any other change is refused."""
 MAY_GROW = ("trainer.total_epochs", "trainer.total_training_steps")
@@ -176,7 +224,7 @@ def config_changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     """Every leaf that differs between two nested mappings, in the order of ``now``; absent keys count as None."""
     changes = []
     for key in [*now, *(key for key in was if key not in now)]:
-        old, new = (side[key] if key in side else None for side in (was, now))
+        old, new = (side.get(key) for side in (was, now))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changes += config_changes(old, new, f"{prefix}{key}.")
         elif old != new:
@@ -188,7 +236,8 @@ def is_harmful(change: Change) -> bool:
     """Whether a changed setting would make the run something else than the one that was begun."""
     if any(change.key == key or change.key.startswith(f"{key}.") for key in HARMLESS):
         return False
-    return not (change.key in MAY_GROW and change.was is not None and change.now is not None and change.now > change.was)
+    grows = change.was is not None and change.now is not None and change.now > change.was
+    return not (change.key in MAY_GROW and grows)
 
 
 def check_config(was: Mapping[str, Any], now: Mapping[str, Any], *, allow: bool = False) -> list[Change]:
@@ -216,6 +265,6 @@ def _refusal(harmful: Sequence[Change]) -> str:
     lines = "\n".join(str(change) for change in harmful)
     return (
         f"The checkpoint was made with other settings, so resuming would not continue that run:\n{lines}\n"
-        f"Set them back, start a new run (trainer.resume_mode=disable and another trainer.default_local_dir), or accept "
-        f"the difference with trainer.allow_config_change=true."
+        f"Set them back, begin a new run (another trainer.default_local_dir), or accept the difference with "
+        f"trainer.allow_config_change=true."
     )

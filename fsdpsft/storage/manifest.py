@@ -65,7 +65,9 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}.")
     if checksum != _checksum({"format_version": version, **asdict(manifest)}):
-        raise CheckpointError(f"{path} is damaged: its content does not match its own checksum; use another checkpoint.")
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its own checksum; use another checkpoint."
+        )
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path} names {name!r}, which lies outside the checkpoint; it is not to be trusted.")

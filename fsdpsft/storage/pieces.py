@@ -74,9 +74,10 @@ def piece_of(name: str, tensor: Tensor, rank: int) -> Piece:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return Piece(name, tensor.dtype, shape, None, None)
-    copies = (at for at, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate))
+    placed = zip(coordinate, tensor.placements, strict=True)
+    is_copy = any(at > 0 and isinstance(placement, Replicate) for at, placement in placed)
     size, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    if any(copies) or 0 in size:
+    if is_copy or 0 in size:
         return Piece(name, tensor.dtype, shape, None, None)
     return Piece(name, tensor.dtype, shape, Box(tuple(offset), tuple(size)), tensor.to_local())
 
@@ -174,7 +175,7 @@ class Exchange:
                 target.copy_(local)
                 continue
             # Rows of the whole tensor are received in place; any other box passes through a buffer.
-            buffer = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+            buffer = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
             work = dist.irecv(buffer.view(-1).view(torch.uint8), peer, self._group)
             arriving.append((work, buffer, target))
         for work, buffer, target in arriving:

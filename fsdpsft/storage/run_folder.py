@@ -126,7 +126,7 @@ class RunFolder:
         return max(scored)[1] if scored else None
 
     def publish(self, step: int) -> None:
-        """Make the root directory the model of checkpoint ``step``; see the module's text for what readers are promised.
+        """Make the root directory the model of checkpoint ``step``; the module's text says what a reader sees.
 
         Raises:
             CheckpointError: the checkpoint has no Hugging Face model.

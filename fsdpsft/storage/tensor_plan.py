@@ -94,7 +94,8 @@ def _widest_first(units: Sequence[Unit]) -> tuple[Unit, ...]:
 def build_index(files: Sequence[PlannedFile]) -> dict[str, object]:
     """Content of ``model.safetensors.index.json``."""
     weight_map = {spec.name: file.path for file in files for spec in file.specs}
-    return {"metadata": {"total_size": sum(file.nbytes for file in files)}, "weight_map": dict(sorted(weight_map.items()))}
+    size = sum(file.nbytes for file in files)
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 class _FileSink:
@@ -172,7 +173,8 @@ def write_tensor_files(
         tensor = exchange.collect([None if task is None else Request(task[2], task[1].dtype) for task in turn])
         mine = turn[exchange.rank]
         if mine is not None and tensor is not None:
-            sink.take(*mine, tensor)
+            file, unit, name = mine
+            sink.take(file, unit, name, tensor)
     if sink.error is not None:
         raise sink.error
     return sink.records

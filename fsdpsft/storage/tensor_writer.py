@@ -92,7 +92,7 @@ class TensorFileWriter:
         found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         assert found == spec, f"{self._path}: {found} came where {spec} was announced"
         host = tensor.detach().to("cpu").contiguous().view(-1)
-        self._put(memoryview(host.view(torch.uint8).numpy()))
+        self._put(host.view(torch.uint8).numpy().data)
         self._next += 1
 
     def close(self) -> FileRecord:
