@@ -272,8 +272,8 @@ def _tidier(kind: pa.DataType) -> _Tidy | None:
     if pa.types.is_map(kind):
         item = _tidier(kind.item_type) or _as_is
         return lambda pairs: None if pairs is None else {key: item(value) for key, value in pairs}
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if any(is_list(kind) for is_list in lists):
+    lists = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    if any(getattr(pa.types, name)(kind) for name in lists):
         element = _tidier(kind.value_type)
         return None if element is None else lambda values: values and [element(value) for value in values]
     return None

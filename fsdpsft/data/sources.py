@@ -125,7 +125,8 @@ def _resolve_item(item: Any, info: DatasetInfo | None, split: str) -> Source:
         raise DataError(f"data source {path!r}: a source is a path, a glob, a folder, a Hub name or a {{path, weight}}")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise DataError(f"data source {path}: weight must be a number above 0, found {weight!r}")
-    path, row_format = os.fspath(path), {}
+    path = os.fspath(path)
+    row_format: dict[str, Any] = {}
     name = item.get("name") or _short_name(path)
     if info is not None and path in info.names:
         path, row_format = info.resolve(path)
@@ -185,6 +186,9 @@ def _folder_files(folder: Path, split: str) -> list[str]:
     held_out = [p for p in data if _HELD_OUT & set(re.split(r"[^a-z]+", p.name.lower()))]
     rest = [p for p in data if p not in held_out]
     if held_out and rest:
+        if not any("train" in p.name.lower() for p in rest):
+            problem = f"cannot tell whether {_names(held_out)} is kept for validation"
+            raise DataError(f"{folder}: {problem}, beside {_names(rest)}; name the files or a glob")
         taken, left = (rest, held_out) if split == "train" else (held_out, rest)
         log.warning("%s: taking %s for %s, leaving %s", folder, _names(taken), split, _names(left))
         return [str(p) for p in taken]
