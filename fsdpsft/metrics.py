@@ -192,6 +192,7 @@ class Throughput:
         peak = peak_flops(device)
         self._peak = peak * world_size if peak else None
         self._device, self._flops = device, flops
+        self._last: dict[str, float] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -207,7 +208,12 @@ class Throughput:
         self._work += self._flops(tokens, trained_tokens, squared_lengths)
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading. Call it where the host has just waited for the device."""
+        """Rates since the last reading (or that one again, if nothing was counted since).
+
+        Call it where the host has just waited for the device.
+        """
+        if not self._tokens:
+            return dict(self._last)
         seconds = time.perf_counter() - self._start
         values = {
             "perf/tokens_per_second": self._tokens / seconds,
@@ -216,5 +222,6 @@ class Throughput:
         }
         if self._peak:
             values["perf/mfu"] = self._work / seconds / self._peak
+        self._last = values
         self.restart()
-        return values
+        return dict(values)

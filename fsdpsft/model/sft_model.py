@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdpsft.errors import ModelError
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
+from fsdpsft.model.head import head_of
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class SFTModel(nn.Module):
     """Base model, head and loss in one forward.
 
     Args:
-        causal_lm: any ``AutoModelForCausalLM`` whose logits are ``formula`` of its head's product.
-        formula: what the head does beyond its matrix product.
+        causal_lm: any ``AutoModelForCausalLM`` whose head ``model/head.py`` knows.
         head_chunk_tokens: trained positions whose logits exist at one time.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, formula: HeadFormula, head_chunk_tokens: int = 4096) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, head_chunk_tokens: int = 4096) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.formula = formula
+        self.head = head_of(causal_lm)
+        self.formula = HeadFormula(self.head.scale, self.head.softcap)
         self.head_chunk_tokens = head_chunk_tokens
 
     def hidden_states(self, batch: ModelInput) -> Tensor:
@@ -69,9 +70,8 @@ class SFTModel(nn.Module):
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.trained_index)
         if batch.exchange is not None:
             hidden = batch.exchange(hidden)
-        head = self.causal_lm.get_output_embeddings()
         return cross_entropy_sum(
-            hidden, head.weight, head.bias, batch.targets, batch.loss_weights,
+            hidden, self.head.weight, self.head.bias, batch.targets, batch.loss_weights,
             formula=self.formula, chunk_size=self.head_chunk_tokens,
         )  # fmt: skip
 
@@ -101,3 +101,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def cut_layers(config: PreTrainedConfig, layers: int) -> None:
+    """Shorten a model's configuration to its first ``layers`` blocks, in place; for trying a large model in small."""
+    config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]

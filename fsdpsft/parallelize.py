@@ -1,0 +1,156 @@
+"""The one place that states the order in which a model is made parallel.
+
+    LoRA -> kernels -> attention -> activation checkpointing -> compile -> FSDP2 -> weights
+
+LoRA first, as it changes which modules exist. Checkpointing inside compile, so that the compiler sees what is
+recomputed. FSDP last, around whole blocks; then each process reads only its rows of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fsdpsft.batch import PackedBatch
+from fsdpsft.config import ModelConfig
+from fsdpsft.distributed import activation_checkpoint, ulysses
+from fsdpsft.distributed.fsdp import MasterWeights, set_gradient_sync, shard_model
+from fsdpsft.distributed.mesh import Mesh
+from fsdpsft.model import kernels, lora
+from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
+from fsdpsft.model.attention_backends import choose_backend, requirements
+from fsdpsft.model.head import prove_head
+from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
+from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_blocks, resolve_dtype
+
+
+@dataclass
+class ParallelModel:
+    """A model on its mesh: what the step, validation and checkpoints work with.
+
+    Attributes:
+        module: the root module, sharded where there are several processes.
+        attend: the attention backend, inside the Ulysses exchange where there is one.
+        masters: stands between master weights and compute dtype for one process; None where FSDP does that.
+    """
+
+    module: SFTModel
+    mesh: Mesh
+    attend: Attend
+    masters: MasterWeights | None
+    compute_dtype: torch.dtype
+
+    def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Loss sum (scalar) and token losses [m'] of this process's part of ``batch``."""
+        return self.module(self.inputs(batch))  # type: ignore[no-any-return]
+
+    def inputs(self, batch: PackedBatch) -> ModelInput:
+        """What this process feeds its model: the whole batch, or its slice under Ulysses."""
+        mesh = self.mesh
+        local = ulysses.shard(batch, mesh.sp_rank, mesh.sp_size).to(mesh.device)
+        return ModelInput(
+            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, mesh.device),
+            local.trained_index, local.targets, local.loss_weights,
+            exchange=partial(ulysses.spread, plan=local.plan, group=mesh.sp_group) if mesh.sp_group else None,
+        )  # fmt: skip
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Forward and backward belong inside this."""
+        return contextlib.nullcontext() if self.masters is None else self.masters.computing()
+
+    def weights_changed(self) -> None:
+        """Say so after an optimiser step or a load."""
+        if self.masters is not None:
+            self.masters.refresh()
+
+    def sync_gradients(self, sync: bool) -> None:
+        """Whether the next backward sums gradients over processes."""
+        set_gradient_sync(self.module, sync)
+
+
+def build_model(
+    path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None
+) -> ParallelModel:
+    """Build, adapt, shard and fill the model of a Hugging Face folder.
+
+    Args:
+        path: the folder.
+        settings: the run's ``model`` section.
+        mesh: the processes.
+        packed: whether documents share a row, which some architectures cannot honour.
+        seed: of new adapters.
+        layers: cut the model to its first so many blocks (for a self-test); None: all.
+
+    Raises:
+        ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it.
+        ConfigError: a backend or kernel that cannot serve the model, by name.
+    """
+    dtype = resolve_dtype(settings.dtype, mesh.device)
+    causal_lm = _adapted(path, settings, dtype, layers)
+    check_architecture(causal_lm, packed=packed)
+    prove_head(causal_lm)
+    if settings.use_liger:
+        kernels.apply_liger(causal_lm, mesh.device)
+    backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
+    attend = backend.attend if mesh.sp_group is None else ulysses.sequence_parallel(backend.attend, mesh.sp_group)
+    module = SFTModel(causal_lm, settings.head_chunk_tokens)
+    blocks = decoder_blocks(causal_lm)
+    activation_checkpoint.apply(
+        causal_lm, settings.enable_gradient_checkpointing, offload=settings.activation_offload, mlp_tiles=settings.mlp_tiles
+    )
+    if settings.compile:
+        for block in blocks:
+            block.compile()
+    _shard(module, blocks, settings, mesh, dtype)
+    _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
+    masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
+    return ParallelModel(module.train(), mesh, attend, masters, dtype)
+
+
+def _adapted(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
+    """The model on meta, with adapters where they are asked for; a frozen base needs no more than the compute dtype."""
+    config = load_model_config(path, trust_remote_code=settings.trust_remote_code)
+    if layers is not None:
+        cut_layers(config, layers)
+    stored = compute_dtype if settings.uses_lora else resolve_dtype(settings.fsdp_config.model_dtype, torch.device("cpu"))
+    causal_lm = build_meta_model(
+        config, attn_implementation=IMPLEMENTATION, dtype=stored, trust_remote_code=settings.trust_remote_code
+    )
+    if settings.uses_lora:
+        lora.apply_lora(causal_lm, _lora_settings(settings), _adapter_path(settings))
+    return causal_lm
+
+
+def _lora_settings(settings: ModelConfig) -> lora.LoraSettings:
+    return lora.LoraSettings(
+        settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules,
+        settings.exclude_modules, tuple(settings.modules_to_save or ()), settings.use_rslora, settings.use_dora,
+    )  # fmt: skip
+
+
+def _adapter_path(settings: ModelConfig) -> Path | None:
+    return Path(settings.lora_adapter_path) if settings.lora_adapter_path else None
+
+
+def _shard(module: SFTModel, blocks: list[nn.Module], settings: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+    if mesh.fsdp is None:
+        return
+    fsdp = settings.fsdp_config
+    shard_model(
+        module, blocks, mesh.fsdp, compute_dtype=dtype, reduce_dtype=resolve_dtype(fsdp.reduce_dtype, mesh.device),
+        reshard_after_forward=fsdp.reshard_after_forward, offload=fsdp.offload_params,
+        min_num_params=fsdp.wrap_policy.min_num_params,
+    )  # fmt: skip
+
+
+def _fill(causal_lm: PreTrainedModel, path: Path, settings: ModelConfig, mesh: Mesh, seed: int, *, strict: bool) -> None:
+    where = torch.device("cpu") if settings.fsdp_config.offload_params else mesh.device
+    load_weights(causal_lm, path, device=where, buffer_device=mesh.device, strict=strict)
+    if settings.uses_lora:
+        lora.fill_adapters(causal_lm, seed=seed, adapter_path=_adapter_path(settings))

@@ -1,0 +1,118 @@
+"""From a step's tensors to written metrics, without making the step wait.
+
+A step leaves its loss and gradient norm on the device; they are read when the next logging interval ends, by which time
+the device has long computed them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fsdpsft.data.loader import Step
+from fsdpsft.errors import UserError
+from fsdpsft.metrics import Throughput, Trackers
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step leaves behind, on the device.
+
+    Attributes:
+        loss: scalar, the step's loss over all processes.
+        grad_norm: scalar, before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    values: dict[str, float]
+    stats: StepStats
+    rows: np.ndarray
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient norm that is not a number."""
+
+
+class Recorder:
+    """Collects steps and writes them out one logging interval later.
+
+    Args:
+        trackers: where the metrics go.
+        throughput: counts tokens and time.
+        describe: names a sample's file and row, for the error of a non-finite step.
+        steps_per_epoch: to tell the epoch as a fraction.
+        log_freq: steps between written lines.
+        tokens_seen: trained on before this run (on resume).
+    """
+
+    def __init__(
+        self, trackers: Trackers, throughput: Throughput, describe: Callable[[int], str], *, steps_per_epoch: int,
+        log_freq: int, tokens_seen: int = 0, trained_tokens_seen: int = 0,
+    ) -> None:  # fmt: skip
+        self._trackers, self._throughput, self._describe = trackers, throughput, describe
+        self._steps_per_epoch, self._log_freq = steps_per_epoch, log_freq
+        self.tokens, self.trained_tokens = tokens_seen, trained_tokens_seen
+        self._pending: list[_Pending] = []
+        self.last: dict[str, float] = {}
+
+    def record(self, step: Step, stats: StepStats, lr: float, squared_lengths: int) -> None:
+        """Take a step's numbers; reads those of the interval before when a new line is due."""
+        self.tokens += step.num_tokens
+        self.trained_tokens += step.num_trained_tokens
+        self._throughput.add(step.num_tokens, step.num_trained_tokens, squared_lengths)
+        count = step.index + 1
+        values = {
+            "epoch": count / self._steps_per_epoch,
+            "train/lr": lr,
+            "train/tokens": float(self.tokens),
+            "train/trained_tokens": float(self.trained_tokens),
+        }
+        if count % self._log_freq == 0:
+            self._read()
+        self._pending.append(_Pending(count, values, stats, step.rows))
+
+    def flush(self) -> None:
+        """Read and write all that is pending; waits for the device. Call it before validation, a save, and the end.
+
+        Raises:
+            NonFiniteError: a step's loss or gradient norm is not finite; names the step and its rows.
+        """
+        self._read()
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Write metrics that are floats already (validation)."""
+        self.last |= values
+        self._trackers.log(values, step)
+        self._throughput.restart()
+
+    def _read(self) -> None:
+        pending, self._pending = self._pending, []
+        for position, item in enumerate(pending):
+            loss, grad_norm = float(item.stats.loss), float(item.stats.grad_norm)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise self._not_finite(item, loss, grad_norm)
+            values = {"train/loss": loss, "train/grad_norm": grad_norm, **item.values}
+            if position == len(pending) - 1:
+                values |= self._throughput.read()
+            self.last |= values
+            if item.step % self._log_freq == 0 or position == len(pending) - 1:
+                self._trackers.log(values, item.step)
+
+    def _not_finite(self, item: _Pending, loss: float, grad_norm: float) -> NonFiniteError:
+        names = [self._describe(int(row)) for row in item.rows[:8]]
+        more = f", and {len(item.rows) - 8} more" if len(item.rows) > 8 else ""
+        return NonFiniteError(
+            f"step {item.step}: the loss is {loss}, the gradient norm {grad_norm}; the run stops and nothing of this "
+            f"step is saved. Rows of its batch: {'; '.join(names)}{more}. Lower optim.lr, or look at these rows with "
+            f"python -m fsdpsft.check"
+        )

@@ -1,0 +1,71 @@
+"""The training run: ``main()`` for the command line, ``train(config)`` for Python, the loop and the step.
+
+    torchrun --nproc_per_node=2 -m fsdpsft.train data.train_files=chats.parquet model.partial_pretrain=path/to/model
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+
+import torch
+
+from fsdpsft.config import Config
+from fsdpsft.data.loader import Step
+from fsdpsft.evaluate import evaluate
+from fsdpsft.optim import clip_grad_norm, set_lr
+from fsdpsft.parallelize import ParallelModel
+from fsdpsft.recorder import StepStats
+from fsdpsft.run import open_run
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train as ``config`` says, in this process or, under torchrun, together with the others.
+
+    Returns:
+        The last values of all metrics (``train/loss``, ``val/loss`` and so on).
+
+    Raises:
+        UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
+    """
+    with open_run(config) as run:
+        for step in run.loader.iterate(run.start_step, run.total_steps):
+            lr = run.lr(step.index)
+            set_lr(run.optimizer, lr)
+            stats = train_step(run.model, run.optimizer, step, run.clip_grad, sync_every=run.sync_every)
+            run.recorder.record(step, stats, lr, run.squared_lengths(step))
+            if run.validation is not None and run.is_due(run.test_freq, step):
+                run.recorder.flush()
+                run.recorder.write(evaluate(run.model, run.validation), step.index + 1)
+            if run.is_due(run.save_freq, step):
+                run.recorder.flush()
+                run.save(step.index + 1)
+        run.recorder.flush()
+        return run.recorder.last
+
+
+def train_step(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, step: Step, clip_grad: float | None, *, sync_every: bool = True
+) -> StepStats:
+    """One optimiser step on the global batch ``step``; the host waits for nothing.
+
+    The loss is a sum over trained tokens, divided once by their number in the whole batch, which the plan knows. So
+    neither micro-batches nor processes nor padding can change it.
+    """
+    device = model.mesh.device
+    loss = torch.zeros((), device=device)
+    last = len(step.micro_batches) - 1
+    with model.computing():
+        for i, micro_batch in enumerate(step.micro_batches):
+            model.sync_gradients(sync_every or i == last)
+            loss_sum, _ = model(micro_batch)
+            (loss_sum / step.loss_denominator).backward()
+            loss += loss_sum.detach() / step.loss_denominator
+    grad_norm = clip_grad_norm(model.module.parameters(), clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.weights_changed()
+    return StepStats(model.mesh.sum(loss), grad_norm)
