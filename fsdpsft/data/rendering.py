@@ -1,0 +1,266 @@
+"""Rendering chat templates with an account of which message wrote which characters.
+
+A chat template is a program; the text it prints does not say where a turn begins or ends. Instead of guessing from the
+text, or keeping altered copies of templates, the template's syntax tree gets one addition: the body of each ``for``
+loop first prints a private-use marker when its loop variable *is* one of the conversation's messages, compared by
+identity. The markers are taken out again and leave a list of segments, each owned by a message.
+
+Sandbox, filters, extensions and globals are those of transformers: its own environment compiles both forms.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.visitor import NodeTransformer
+from transformers.utils import chat_template_utils
+
+from fsdpsft.errors import DataError, ModelError
+
+Message = dict[str, Any]
+
+# The upper end of the last private-use plane is ours. Text that holds such a character is replaced by a placeholder
+# before rendering (see ``Hiding``), so that no content can pose as a marker.
+_OPEN, _CLOSE = "\U0010f000", "\U0010f001"
+_MARKER = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
+_BEGIN, _END = "_fsdpsft_begin", "_fsdpsft_end"
+_PLACEHOLDERS = range(0x100000, 0x10F000)
+RESERVED = "[\U00100000-\U0010ffff]"
+
+# What template code can raise on messages it was not written for; anything else is a bug of ours.
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+        text: exactly what the plain template prints.
+        segments: (message index, start, end) of the characters printed in a message's loop iteration, in order of
+            position and joined where they touch; characters that belong to no message are in none.
+        blocks: (start, end) of the characters inside ``{% generation %}`` blocks.
+    """
+
+    text: str
+    segments: tuple[tuple[int, int, int], ...]
+    blocks: tuple[tuple[int, int], ...]
+
+    def owned(self, message: int) -> tuple[tuple[int, int], ...]:
+        """The (start, end) of the segments that ``message`` owns."""
+        return tuple((start, end) for owner, start, end in self.segments if owner == message)
+
+
+class _Marking(NodeTransformer):
+    """Adds the marker calls to a template's syntax tree.
+
+    Attributes:
+        captured: numbers of the loops whose output a macro, ``set`` or ``filter`` block catches, where the template
+            could look at it; their renders are compared with the plain one.
+        has_blocks: whether the template has ``{% generation %}`` blocks.
+    """
+
+    def __init__(self) -> None:
+        self.captured: set[int] = set()
+        self.has_blocks = False
+        self._loops = 0
+        self._depth = 0
+
+    def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802
+        number = self._loops
+        self._loops += 1
+        if self._depth:
+            self.captured.add(number)
+        self.generic_visit(node)
+        names = [node.target] if isinstance(node.target, nodes.Name) else list(node.target.find_all(nodes.Name))
+        variables: list[nodes.Expr] = [nodes.Name(name.name, "load") for name in names]
+        node.body.insert(0, _print_call(_BEGIN, [nodes.Const(number), *variables]))
+        return [node, _print_call(_END, [nodes.Const(number)])]
+
+    def _visit_catcher(self, node: nodes.Node) -> nodes.Node:
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+        return node
+
+    visit_Macro = visit_AssignBlock = visit_FilterBlock = _visit_catcher  # noqa: N815
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        called = node.call.node
+        if not (isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support"):
+            return self._visit_catcher(node)
+        self.has_blocks = True
+        self.generic_visit(node)  # a generation block prints its body as it is
+        begin, end = nodes.TemplateData(f"{_OPEN}+{_CLOSE}"), nodes.TemplateData(f"{_OPEN}-{_CLOSE}")
+        node.body = [nodes.Output([begin]), *node.body, nodes.Output([end])]
+        return node
+
+
+def _print_call(function: str, arguments: list[nodes.Expr]) -> nodes.Output:
+    return nodes.Output([nodes.Call(nodes.Name(function, "load"), arguments, [], None, None)])
+
+
+class JinjaTemplate:
+    """A compiled chat template that renders plainly or with segments.
+
+    Args:
+        text: the Jinja source.
+        now: the moment ``strftime_now`` reports, the same in each render.
+
+    Raises:
+        ModelError: the source is not valid Jinja.
+    """
+
+    def __init__(self, text: str, now: datetime) -> None:
+        self.text = text
+        try:
+            environment = chat_template_utils._compile_jinja_template(text).environment
+            tree = environment.parse(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        marking = _Marking()
+        tree = marking.visit(tree)
+        tree.set_lineno(1)
+        tree.set_environment(environment)
+        frozen = {"strftime_now": now.strftime}
+        self.has_blocks = marking.has_blocks
+        self._captured = marking.captured
+        self._plain = environment.from_string(text, globals=dict(frozen))
+        self._marked = environment.from_string(tree, globals={**frozen, _BEGIN: self._begin, _END: self._end})
+        self._messages: Sequence[Message] = ()
+        self._index: dict[int, int] = {}
+        self._open: set[int] = set()
+        self._caught = False
+
+    def plain(self, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        """Render as ``apply_chat_template(tokenize=False)`` does; ``DataError`` if the template rejects the messages."""
+        return self._render(self._plain, messages, variables, add_generation_prompt)
+
+    def marked(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Rendered:
+        """Render without a generation prompt and say which message wrote what.
+
+        Raises:
+            DataError: the template rejects the messages, or its output depends on the markers (then nothing is proven).
+        """
+        self._messages, self._index = messages, {id(message): i for i, message in enumerate(messages)}
+        self._open.clear()
+        self._caught = False
+        raw = self._render(self._marked, messages, variables, False)
+        rendered = _parse(raw)
+        if self._caught and rendered.text != self.plain(messages, variables, False):
+            raise DataError("the chat template prints messages inside a macro or block and changes what it caught there")
+        return rendered
+
+    @staticmethod
+    def _render(
+        template: jinja2.Template, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool
+    ) -> str:
+        try:
+            return template.render(
+                {"tools": None, "documents": None, **variables},
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except _TEMPLATE_FAULTS as error:
+            raise DataError(f"the chat template rejects the conversation: {error}") from error
+
+    def _begin(self, loop: int, *values: Any) -> str:
+        """Printed first in each iteration: whose it is, or nobody's (-1) if this loop had a message before."""
+        for value in values:
+            message = self._index.get(id(value))
+            if message is not None and self._messages[message] is value:
+                self._open.add(loop)
+                self._caught |= loop in self._captured
+                return f"{_OPEN}{loop},{message}{_CLOSE}"
+        return f"{_OPEN}{loop},-1{_CLOSE}" if loop in self._open else ""
+
+    def _end(self, loop: int) -> str:
+        """Printed after a loop."""
+        if loop not in self._open:
+            return ""
+        self._open.discard(loop)
+        return f"{_OPEN}{loop}{_CLOSE}"
+
+
+def _parse(raw: str) -> Rendered:
+    """Take the markers out of a render. Loops nest: the innermost one that has a message owns the text."""
+    pieces = _MARKER.split(raw)  # text, marker, text, marker, ..., text
+    stack: list[tuple[int, int]] = []  # (loop, message)
+    segments: list[tuple[int, int, int]] = []
+    blocks: list[tuple[int, int]] = []
+    position = block_start = 0
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            owner = stack[-1][1] if stack else -1
+            if piece and owner >= 0:
+                joined = segments and segments[-1][0] == owner and segments[-1][2] == position
+                start = segments.pop()[1] if joined else position
+                segments.append((owner, start, position + len(piece)))
+            position += len(piece)
+        elif piece == "+":
+            block_start = position
+        elif piece == "-":
+            blocks.append((block_start, position))
+        else:
+            loop, _, message = piece.partition(",")
+            depth = next((d for d, (other, _) in enumerate(stack) if other == int(loop)), len(stack))
+            del stack[depth:]
+            if message:
+                stack.append((int(loop), int(message)))
+    return Rendered("".join(pieces[::2]), tuple(segments), tuple(blocks))
+
+
+class Hiding:
+    """Replaces strings in content by single private-use characters while a template renders.
+
+    What is hidden is the text of special tokens, which content must not forge, and characters that markers use.
+
+    Args:
+        pattern: matches what to hide.
+
+    Attributes:
+        originals: placeholder -> text it stands for.
+        count: how many occurrences were replaced.
+    """
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self._pattern = pattern
+        self._placeholders: dict[str, str] = {}
+        self.originals: dict[str, str] = {}
+        self.count = 0
+
+    def _replace(self, match: re.Match[str]) -> str:
+        original = match.group()
+        if original not in self._placeholders:
+            if len(self.originals) == len(_PLACEHOLDERS):
+                raise DataError("the conversation holds too many different private-use characters")
+            placeholder = chr(_PLACEHOLDERS[len(self.originals)])
+            self._placeholders[original] = placeholder
+            self.originals[placeholder] = original
+        self.count += 1
+        return self._placeholders[original]
+
+    def hide(self, value: Any) -> Any:
+        """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
+        if isinstance(value, str):
+            return self._pattern.sub(self._replace, value) if self._pattern.search(value) else value
+        if isinstance(value, dict):
+            return {key: self.hide(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        return value
+
+    def restore(self, text: str) -> str:
+        """``text`` with the hidden strings back in place."""
+        return text.translate(self._table) if self.originals else text
+
+    @property
+    def _table(self) -> dict[int, str]:
+        return {ord(placeholder): original for placeholder, original in self.originals.items()}

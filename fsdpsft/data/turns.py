@@ -1,0 +1,268 @@
+"""Where, in a rendered conversation, the characters are that the model itself must produce; proven from renders.
+
+``chat_template`` states the rule and the three renders of the proof; this module carries it out on text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from fsdpsft.data.rendering import JinjaTemplate, Message, Rendered
+from fsdpsft.data.token_spans import SpanTokenizer
+from fsdpsft.errors import DataError, ModelError
+
+Variables = Mapping[str, Any]
+
+_PROBE = "probe of the reply"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Trained characters ``[start, end)`` of a text.
+
+    Attributes:
+        message: index of the assistant message.
+        weight: loss weight of its tokens.
+        exact: the text before the turn's reply is what inference feeds the model; False where the template has
+            rewritten the turn or the history before it.
+        opens: this is the reply's beginning (a turn with ``{% generation %}`` blocks may have several spans).
+        closes: this span ends with the stop token.
+    """
+
+    message: int
+    start: int
+    end: int
+    weight: float
+    exact: bool
+    opens: bool
+    closes: bool
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """A text to tokenise and the spans of it that are trained, in order.
+
+    Attributes:
+        messages: how many messages, from the first, the text renders.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    messages: int
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A render that ends with assistant message ``index``: prompt, reply up to the stop token, the rest.
+
+    Attributes:
+        header_start: where the message's own text begins (its role header); None where the template's loops don't say.
+    """
+
+    index: int
+    rendered: Rendered
+    header_start: int | None
+    prompt_end: int
+    reply_end: int
+    stop: str
+
+    @property
+    def reply(self) -> str:
+        return self.rendered.text[self.prompt_end : self.reply_end]
+
+
+def refuse(index: int, reason: str) -> DataError:
+    """The error for an assistant message whose trained tokens cannot be proven."""
+    return DataError(f"message {index} (assistant): {reason}")
+
+
+def _excerpt(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")
+
+
+class TurnProver:
+    """Proves which characters of a conversation are trained.
+
+    Args:
+        template: the compiled template.
+        tokens: knows which strings are stop tokens.
+        stop_token_ids: the ids at which generation stops (``generation_config.eos_token_id``). With them, templates
+            that leave a turn's stop token to the next message's header (GLM) can be used.
+        variables: template variables of every render.
+
+    Raises:
+        ModelError: the template has no generation prompt but prints a role header, so that training could not tell
+            the header from the reply.
+    """
+
+    def __init__(
+        self, template: JinjaTemplate, tokens: SpanTokenizer, stop_token_ids: Sequence[int], variables: Variables
+    ) -> None:
+        self.template = template
+        self._tokens = tokens
+        self._stop_ids = frozenset(stop_token_ids)
+        if "add_generation_prompt" not in template.variables:
+            self._require_no_header(variables)
+
+    def _require_no_header(self, variables: Variables) -> None:
+        parts = [[{"type": "text", "text": text}] for text in ("question", _PROBE)]
+        for user, assistant in (("question", _PROBE), parts):
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            try:
+                prompt = self.template.plain(messages[:1], variables, True)
+                text = self.template.plain(messages, variables, False)
+            except DataError:
+                continue
+            header, found, _ = text[len(prompt) :].partition(_PROBE)
+            if found and text.startswith(prompt) and not header.strip():
+                return
+        raise ModelError(
+            "the chat template never reads add_generation_prompt, and it prints more than white space between the user's "
+            "message and the reply: inference would not prompt as training does. Print the assistant's header "
+            "under {% if add_generation_prompt %} at the end of the template."
+        )
+
+    def as_rendered(
+        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
+    ) -> TemplateText:
+        """The whole conversation as one text; ``weights`` holds the loss weight of each trained message by index."""
+        whole = self.template.marked(messages, variables)
+        spans: list[Span] = []
+        for index, weight in weights.items():
+            turn = self._turn(messages, index, variables, whole)
+            if index == len(messages) - 1:
+                whole = turn.rendered
+            spans += self._spans(whole, turn, weight)
+        return TemplateText(whole.text, tuple(spans), len(messages))
+
+    def per_turn(
+        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
+    ) -> list[TemplateText]:
+        """A text per trained message: the conversation up to and including it, as inference would have it."""
+        texts = []
+        for index, weight in weights.items():
+            turn = self._turn(messages, index, variables, None)
+            texts.append(TemplateText(turn.rendered.text, self._spans(turn.rendered, turn, weight), index + 1))
+        return texts
+
+    def _turn(
+        self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered | None
+    ) -> _Turn:
+        try:
+            prompt = self.template.plain(messages[:index], variables, True)
+        except DataError as error:
+            raise refuse(index, f"no generation prompt can be rendered for it: {error}") from error
+        if whole is None or index < len(messages) - 1:
+            rendered = self.template.marked(messages[: index + 1], variables)
+        else:
+            rendered = whole
+        if not rendered.text.startswith(prompt):
+            shared = len(commonprefix([prompt, rendered.text]))
+            raise refuse(
+                index,
+                f"the generation prompt ends in {_excerpt(prompt[shared:])} where the template prints the turn as "
+                f"{_excerpt(rendered.text[shared:])}; inference would never see this reply after its prompt. "
+                "Use a template whose generation prompt is how its assistant turns begin (data.chat_template).",
+            )
+        segments = rendered.owned(index)
+        start, end = segments[-1] if segments else (None, len(rendered.text))
+        if start is not None and not start <= len(prompt) <= end:
+            raise refuse(index, "the template prints the message in several places; its reply cannot be told apart")
+        turn = self._close(_Turn(index, rendered, start, len(prompt), end, ""), messages, variables)
+        self._require_complete(turn, messages[index])
+        return turn
+
+    def _close(self, turn: _Turn, messages: Sequence[Message], variables: Variables) -> _Turn:
+        """Find the stop token: the last one the message wrote, or the one that stands right behind its text."""
+        text, region_end = turn.rendered.text, turn.reply_end
+        found = self._tokens.stop_at_end(text[turn.prompt_end : region_end])
+        if found is not None:
+            end, stop = turn.prompt_end + found[0], found[1]
+            before = self._tokens.stop_at_end(text[turn.prompt_end : end - len(stop)])
+            if turn.header_start is None and before is not None:
+                raise refuse(turn.index, f"it ends with two stop tokens, {before[1]!r} and {stop!r}; which ends the turn?")
+            rendered = turn.rendered
+        else:
+            stop = self._tokens.special_at(text, region_end) or self._borrowed_stop(turn, messages, variables)
+            end = region_end + len(stop)
+            rendered = turn.rendered
+            if not text.startswith(stop, region_end):
+                rendered = Rendered(text[:region_end] + stop, rendered.segments, rendered.blocks)
+        closed = _Turn(turn.index, rendered, turn.header_start, turn.prompt_end, end, stop)
+        if closed.reply.count(stop) > 1:
+            raise refuse(turn.index, f"its stop token {stop!r} occurs within the turn, where generation would already end")
+        return closed
+
+    def _borrowed_stop(self, turn: _Turn, messages: Sequence[Message], variables: Variables) -> str:
+        """The stop token of a turn that the template does not close: the special token that opens the next message."""
+        index, end = turn.index, turn.reply_end
+        following = {"role": "tool" if "tool_calls" in messages[index] else "user", "content": "next"}
+        if index + 1 < len(messages):
+            following = messages[index + 1]
+        try:
+            text = self.template.plain([*messages[: index + 1], following], variables, False)
+        except DataError:
+            text = ""
+        stop = self._tokens.special_at(text, end) if text.startswith(turn.rendered.text[:end]) else None
+        if stop is None or self._tokens.special[stop] not in self._stop_ids:
+            ending = _excerpt(turn.rendered.text[max(turn.prompt_end, end - 30) : end])
+            raise refuse(
+                index,
+                f"the turn does not end with a stop token but with {ending}; a model trained on it would not stop. "
+                "Print the end-of-turn token after the content (data.chat_template).",
+            )
+        return stop
+
+    def _require_complete(self, turn: _Turn, message: Message) -> None:
+        """Refuse a template that drops what the assistant said; content may be trimmed, and thoughts moved."""
+        content = message.get("content", "")
+        parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content if isinstance(p, dict)]
+        calls = [call.get("function", call) for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+        names = [call["name"] for call in calls if isinstance(call, dict) and "name" in call]
+        for text in [*(str(part).rpartition("</think>")[2].strip() for part in parts), *map(str, names)]:
+            if text not in turn.reply:
+                raise refuse(turn.index, f"the template does not print {_excerpt(text)} of the message as it is")
+
+    def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
+        exact = whole is turn.rendered or whole.text.startswith(turn.rendered.text[: turn.reply_end])
+        start, end = (turn.prompt_end, turn.reply_end) if exact else self._rewritten(whole, turn)
+        pieces = [(start, end)]
+        if self.template.has_blocks:
+            pieces = [(max(start, a), min(end, b)) for a, b in whole.blocks if max(start, a) < min(end, b)]
+            if not pieces or pieces[-1][1] != end:
+                raise refuse(turn.index, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
+        return tuple(
+            Span(turn.index, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces
+        )
+
+    def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
+        """(start, end) of a reply in a conversation whose history the template has rewritten."""
+        remedy = "; use data.history=per_turn, or train only the last turn"
+        segments = whole.owned(turn.index)
+        if turn.header_start is None or len(segments) != 1:
+            raise refuse(turn.index, "the template rewrites the turn once others follow, and does not show where" + remedy)
+        header = turn.rendered.text[turn.header_start : turn.prompt_end]
+        start = segments[0][0] + len(header)
+        if not whole.text.startswith(header, segments[0][0]):
+            raise refuse(
+                turn.index,
+                f"once others follow, the template prints the turn without the generation prompt {_excerpt(header)}" + remedy,
+            )
+        end = whole.text.find(turn.stop, start, segments[0][1] + len(turn.stop)) + len(turn.stop)
+        if end < start or not _is_cut(whole.text[start:end], turn.reply):
+            raise refuse(
+                turn.index,
+                f"once others follow, the template no longer prints the reply that ends with {turn.stop!r}, but "
+                f"{_excerpt(whole.text[start : segments[0][1]])}" + remedy,
+            )
+        return start, end
+
+
+def _is_cut(found: str, reply: str) -> bool:
+    """Whether ``found`` is ``reply`` with at most one piece cut out."""
+    head = len(commonprefix([found, reply]))
+    tail = len(commonprefix([found[::-1], reply[::-1]]))
+    return len(found) <= len(reply) and head + tail >= len(found)
