@@ -1,0 +1,153 @@
+"""Grade-school problems as chats: a question in words, the sum worked column by column, and the answer."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = "Ava Ben Chloe David Emma Finn Grace Hugo Iris Jack Kira Leo Mia Noah Olga Paul Ruth Sam Tara Zoe".split()
+THINGS = "apples books coins marbles stamps stickers shells cards pencils beads".split()
+COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
+QUESTIONS = {
+    "+": (
+        "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
+        "There are {a} {things} in one box and {b} {things} in another. How many {things} are there in all?",
+        "{name} finds {a} {things} on Monday and {b} {things} on Tuesday. How many {things} is that together?",
+        "A shop sells {a} {things} in the morning and {b} in the evening. How many {things} does it sell?",
+        "What is {a} plus {b}?",
+    ),
+    "-": (
+        "{name} has {a} {things} and gives away {b}. How many {things} are left?",
+        "A box holds {a} {things}. {name} takes out {b}. How many {things} are still in the box?",
+        "There are {a} {things}, and {b} of them are sold. How many {things} remain?",
+        "{name} needs {a} {things} and has {b}. How many {things} are missing?",
+        "What is {a} minus {b}?",
+    ),
+    "*": (
+        "There are {a} boxes with {b} {things} in each. How many {things} are there?",
+        "{name} buys {a} {things} for {b} cents each. How many cents is that?",
+        "What is {a} times {b}?",
+    ),
+}
+FOLLOW_UPS = {
+    "+": ("Then {b} more are added. How many is that?", "And with {b} more?", "Now add {b}."),
+    "-": ("Then {b} are taken away. How many are left?", "And with {b} fewer?", "Now subtract {b}."),
+}
+SYSTEM_PROMPTS = ("You are a patient teacher.", "Work the sum out step by step.")
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Multiply two numbers.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``a op b``, where ``op`` is ``+``, ``-`` (never below zero) or ``*``."""
+
+    a: int
+    op: str
+    b: int
+
+    @property
+    def answer(self) -> int:
+        """The number asked for."""
+        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.op]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """The same for ``a + b`` and ``b + a``: who has seen one has seen the other."""
+        return (self.op, self.a, self.b) if self.op == "-" else (self.op, *sorted((self.a, self.b)))
+
+
+def number(rng: random.Random) -> int:
+    """A number of two digits, or more often of three."""
+    return rng.randint(10, 99) if rng.random() < 0.4 else rng.randint(100, 999)
+
+
+def first_problem(rng: random.Random) -> Problem:
+    """Draw a sum or a difference."""
+    a, b = number(rng), number(rng)
+    return Problem(a, "+", b) if rng.random() < 0.5 else Problem(max(a, b), "-", min(a, b))
+
+
+def next_problem(rng: random.Random, start: int) -> Problem:
+    """Draw a problem that goes on from the answer of the one before."""
+    b = number(rng)
+    return Problem(start, "-", b) if start >= b and (start > 999 or rng.random() < 0.5) else Problem(start, "+", b)
+
+
+def question(rng: random.Random, problem: Problem) -> str:
+    """Put the problem in words."""
+    text = rng.choice(QUESTIONS[problem.op])
+    return text.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=problem.a, b=problem.b)
+
+
+def solution(problem: Problem) -> str:
+    """Work the problem out as on paper, from the ones up, with carries and borrows; products are the tool's."""
+    a, op, b = problem.a, problem.op, problem.b
+    if op == "*":
+        return f"{a} * {b} = {problem.answer}. The answer is {problem.answer}."
+    steps, carry = [], 0
+    for i in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**i % 10, b // 10**i % 10
+        total = x + y + carry if op == "+" else x - y - carry
+        digit, borrowed = total % 10, "1" if total < 0 else ""
+        step = f"{COLUMNS[i]}: {borrowed}{x} {op} {y}{f' {op} 1' if carry else ''} = {total + 10 if borrowed else total}"
+        carry = int(not 0 <= total <= 9)
+        steps.append(step + f", write {digit}" + (f", {'carry' if op == '+' else 'borrow'} one." if carry else "."))
+    return f"{a} {op} {b}. {' '.join(steps)} The answer is {problem.answer}."
+
+
+def stated_answer(reply: str) -> int | None:
+    """The number a reply ends with, or None if it does not end with an answer."""
+    found = re.search(r"The answer is (\d+)\.$", reply.strip())
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation and the problems solved in it, in order; ``kind`` is single, follow-up or tool."""
+
+    kind: str
+    problems: tuple[Problem, ...]
+    messages: list[dict[str, Any]]
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools on offer."""
+        return [CALCULATOR] if self.kind == "tool" else None
+
+
+def calls(problem: Problem) -> list[dict[str, Any]]:
+    """The tool call that solves the problem."""
+    arguments = {"expression": f"{problem.a} {problem.op} {problem.b}"}
+    return [{"type": "function", "function": {"name": "calculator", "arguments": arguments}}]
+
+
+def chat(rng: random.Random, kind: str) -> Chat:
+    """Draw a conversation of one kind, complete with the assistant's turns."""
+    system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
+    if kind == "tool":
+        problem = Problem(number(rng), "*", number(rng))
+        turns = [
+            {"role": "user", "content": question(rng, problem)},
+            {"role": "assistant", "content": "", "tool_calls": calls(problem)},
+            {"role": "tool", "content": str(problem.answer)},
+            {"role": "assistant", "content": solution(problem)},
+        ]
+        return Chat(kind, (problem,), system + turns)
+    problems = [first_problem(rng)]
+    texts = [question(rng, problems[0])]
+    for _ in range(rng.randint(1, 2) if kind == "follow-up" else 0):
+        problems.append(next_problem(rng, problems[-1].answer))
+        texts.append(rng.choice(FOLLOW_UPS[problems[-1].op]).format(b=problems[-1].b))
+    messages = list(system)
+    for text, problem in zip(texts, problems, strict=True):
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": solution(problem)}]
+    return Chat(kind, tuple(problems), messages)
