@@ -44,9 +44,10 @@ from fsdpsft.hf_export import (
     source_template,
     write_hub_files,
 )
+from fsdpsft.model.parameters import without_wrappers
 from fsdpsft.storage.files import FileRecord, require_space, write_json
 from fsdpsft.storage.manifest import Manifest, verify, write_manifest
-from fsdpsft.storage.pieces import Exchange, Piece, Staging, all_gather, piece_of
+from fsdpsft.storage.pieces import Exchange, Piece, Staging, all_gather, piece_of, rows_of
 from fsdpsft.storage.run_folder import RunFolder
 from fsdpsft.storage.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
 from fsdpsft.storage.tensor_writer import TensorSpec
@@ -75,8 +76,9 @@ class Adapter:
     """LoRA: what is written in place of the weights in training, and beside them.
 
     Attributes:
-        merged: the plain model's tensors with the adapter added, by plain name; read once, on every rank in one order.
-        tensors: the adapter alone, under PEFT's names.
+        merged: the plain model's tensors with the adapter added, whole, by plain name. Read once and one at a time, on
+            every rank in the same order; each rank keeps its share of the rows. ``model.lora.merged_state``.
+        tensors: the adapter alone, whole, under PEFT's names. ``model.lora.adapter_state``.
         config: content of ``adapter_config.json``.
     """
 
@@ -149,6 +151,7 @@ class CheckpointManager:
         # A group of its own: a background save must not mix its messages with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group is not None else 0
+        self._size = dist.get_world_size() if self._group is not None else 1
         self._staging = Staging()
         self._running: Future[None] | None = None
         if self._rank == 0:
@@ -235,10 +238,9 @@ class CheckpointManager:
         return None
 
     def _problem(self, path: Path) -> str | None:
-        size = dist.get_world_size(self._group) if self._group is not None else 1
         problem = None
         try:
-            manifest = verify(path, part=self._rank, parts=size)
+            manifest = verify(path, part=self._rank, parts=self._size)
             if STATE_FILE not in manifest.files:
                 problem = f"{path} has no {STATE_FOLDER}/ (it was saved with trainer.save_contents=[model])."
         except (CheckpointError, OSError) as error:
@@ -270,7 +272,7 @@ class CheckpointManager:
             wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
             target.update(allocate_optimizer_state(parameters, optimizer, wanted))
         self._read(path / STATE_FOLDER, target)
-        if len(content["rng"]) == (dist.get_world_size(self._group) if self._group is not None else 1):
+        if len(content["rng"]) == self._size:
             restore_rng(content["rng"][self._rank])
         else:
             logger.warning("saved on %d processes: dropout draws will differ from there on", len(content["rng"]))
@@ -279,7 +281,7 @@ class CheckpointManager:
     def _read(self, folder: Path, target: dict[str, Any]) -> None:
         """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             reader = HuggingFaceStorageReader(str(folder))
             load_sharded(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
 
@@ -306,20 +308,25 @@ class CheckpointManager:
                 job.training[name] = self._piece(name, tensor, copy)
         if adapter is not None:
             job.adapter_config = dict(adapter.config)
-            job.adapter = {name: self._piece(f"adapter/{name}", tensor, True, name) for name, tensor in adapter.tensors}
+            job.adapter = {name: self._rows("adapter", name, tensor) for name, tensor in adapter.tensors}
         if "model" in contents:
-            # Merged weights exist only while they are read, so they are copied even for a save at once.
-            merged = {} if adapter is None else {n: self._piece(f"merged/{n}", t, True, n) for n, t in adapter.merged}
-            job.weights = merged or held
+            job.weights = held
+            if adapter is not None:
+                job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
             job.weight_files = plan_export(model, job.weights, self._handoff)
             job.tied = any(dropped not in job.weights for dropped in declared_ties(model))
             job.vocab_size = _vocab_size(model)
         self._staging.finish()
         return job
 
-    def _piece(self, name: str, tensor: Tensor, copy: bool, final_name: str | None = None) -> Piece:
+    def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
         piece = piece_of(name, tensor, self._rank)
-        return replace(self._staging.copy(piece) if copy else piece, name=final_name or name)
+        return self._staging.copy(piece) if copy else piece
+
+    def _rows(self, kind: str, name: str, tensor: Tensor) -> Piece:
+        """A share of a tensor that exists only now, whole and on every rank: copied even for a save at once."""
+        piece = rows_of(f"{kind}/{name}", tensor, self._rank, self._size)
+        return replace(self._staging.copy(piece), name=name)
 
     # --- the second half: files ---------------------------------------------------------------------------------
 
@@ -442,7 +449,7 @@ def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     named: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and value.requires_grad:
-            named.setdefault(id(value), (name.replace("_orig_mod.", ""), value))
+            named.setdefault(id(value), (without_wrappers(name), value))
     return dict(named.values())
 
 

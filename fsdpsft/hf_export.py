@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.core_model_loading import revert_weight_conversion
 
 from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.model.parameters import without_wrappers
 from fsdpsft.model.tensor_files import open_model_files
 from fsdpsft.storage.files import FileRecord, copy_file, record_of, write_bytes, write_json
 from fsdpsft.storage.pieces import Piece
@@ -80,14 +81,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the name they have in the plain model, tied ones once.
 
     Taken from ``state_dict``, whose hooks bring FSDP2 parameters back to their sharded form and hide checkpoint
-    wrappers; a compiled block's ``_orig_mod.`` is taken out here. Of tied names the one ``save_pretrained`` drops is
+    wrappers. Of tied names the one ``save_pretrained`` drops is
     dropped.
 
     Raises:
         ModelError: the model declares two names tied that no longer share their tensor, or the reverse.
     """
     tensors = {
-        name.replace("_orig_mod.", ""): value
+        without_wrappers(name): value
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }

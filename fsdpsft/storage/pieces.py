@@ -82,6 +82,22 @@ def piece_of(name: str, tensor: Tensor, rank: int) -> Piece:
     return Piece(name, tensor.dtype, shape, Box(tuple(offset), tuple(size)), tensor.to_local())
 
 
+def rows_of(name: str, tensor: Tensor, rank: int, size: int) -> Piece:
+    """The rows of a tensor that ``rank`` of ``size`` answers for, where every rank has the whole of it for a moment.
+
+    So that a tensor made anew on all ranks (weights merged with an adapter) is not kept whole on any of them.
+    """
+    tensor = tensor.detach()
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 0:
+        return piece_of(name, tensor, rank)
+    start, stop = (len(tensor) * at // size for at in (rank, rank + 1))
+    if start == stop or 0 in shape:
+        return Piece(name, tensor.dtype, shape, None, None)
+    box = Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:]))
+    return Piece(name, tensor.dtype, shape, box, tensor[start:stop])
+
+
 class Staging:
     """Host copies of pieces, so that training may change the tensors while they are being written.
 
