@@ -50,6 +50,7 @@ class TokenStore:
         row_numbers: [n] int64, row of the source file a sample came from, from 0.
         source_names: the sources, in the order their samples are stored.
         source_counts: samples of each source.
+        files: (file, samples) in the order of storage; a file that was read in pieces is there once for each.
         fingerprint: the key the store was built for; empty for one in memory.
         stats: counts of what was truncated, dropped, skipped or found twice, by source and reason.
     """
@@ -64,6 +65,7 @@ class TokenStore:
     row_numbers: NDArray[np.int64]
     source_names: tuple[str, ...]
     source_counts: tuple[int, ...]
+    files: tuple[tuple[str, int], ...]
     fingerprint: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -81,8 +83,10 @@ class TokenStore:
         return int(np.searchsorted(np.cumsum(self.source_counts), index, side="right"))
 
     def describe(self, index: int) -> str:
-        """Source and row of sample ``index``, for messages to people."""
-        return f"{self.source_names[self.source_of(index)]}, row {int(self.row_numbers[index])}"
+        """File and row of sample ``index``, for messages to people."""
+        ends = np.cumsum([samples for _, samples in self.files])
+        file, _ = self.files[int(np.searchsorted(ends, index, side="right"))]
+        return f"{file}, row {int(self.row_numbers[index])}"
 
     def sample(self, index: int) -> Sample:
         """Read one sample.
@@ -133,6 +137,7 @@ class TokenStore:
             row_numbers=columns["row_numbers"],
             source_names=tuple(manifest["source_names"]),
             source_counts=tuple(manifest["source_counts"]),
+            files=tuple((entry["file"], entry["samples"]) for entry in manifest["files"]),
             fingerprint=manifest["fingerprint"],
             stats=json.loads((folder / STATS).read_text()),
         )
@@ -162,6 +167,7 @@ class TokenStore:
             row_numbers=arrays["row_numbers"],
             source_names=tuple(counts),
             source_counts=tuple(counts.values()),
+            files=tuple(counts.items()),
         )
 
 
