@@ -39,14 +39,17 @@ from transformers.utils import chat_template_utils
 from fsdpsft.data.mask_check import Finding, check_conversation
 from fsdpsft.data.rendering import RESERVED, Hiding, JinjaTemplate, Message
 from fsdpsft.data.token_spans import Ids, SpanTokenizer
-from fsdpsft.data.turns import Span, TemplateText, TurnProver
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.data.turns import Span, TemplateText, TurnProver, as_parts, refuse
+from fsdpsft.errors import ConfigError, DataError, RowError
 
 if TYPE_CHECKING:
     from fsdpsft.data.conversation import Conversation
 
 MASK_VERSION = 1
 """Part of every token store's key; raised whenever the same conversation would get other ids or another mask."""
+
+_REASONING = {"reasoning_content", "reasoning", "thinking"}
+_SPECIAL_IN_CONTENT = "special token in content"
 
 History: TypeAlias = Literal["as_rendered", "per_turn"]
 SpecialTokens: TypeAlias = Literal["escape", "refuse"]
@@ -97,20 +100,18 @@ class Plan:
     """What one conversation becomes before tokenisation.
 
     Attributes:
-        texts: one, or one per trained turn.
-        messages: the prepared messages, with placeholders where something is hidden.
-        variables: the template's variables, tools among them.
+        texts: one, or one per trained turn; with placeholders where something is hidden.
+        messages: the messages as the template takes them, nothing hidden.
         hiding: what the placeholders stand for.
     """
 
     texts: tuple[TemplateText, ...]
     messages: Sequence[Message]
-    variables: Mapping[str, Any]
     hiding: Hiding
 
 
 def resolve_template(named: str | None, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
-    """The template source that ``data.chat_template`` names: a file, the text itself, ``chatml``, or None for the model's.
+    """The template that ``data.chat_template`` names: a file, the text itself, ``chatml``, or None for the model's.
 
     Raises:
         ConfigError: the value is none of these.
@@ -131,7 +132,9 @@ def resolve_template(named: str | None, tokenizer: PreTrainedTokenizerBase) -> s
         return named
     path = Path(named)
     if not path.is_file():
-        raise ConfigError(f"data.chat_template={named!r}: no such file, not the text of a Jinja template, and not 'chatml'")
+        raise ConfigError(
+            f"data.chat_template={named!r}: no such file, not the text of a Jinja template, and not 'chatml'"
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -164,6 +167,7 @@ class ChatTemplate:
         eos_token_ids: Sequence[int] = (),
         now: datetime | None = None,
     ) -> None:
+        """Compile the template; see the class."""
         if special_tokens_in_content not in ("escape", "refuse"):
             raise ConfigError(f"special_tokens_in_content={special_tokens_in_content!r}: 'escape' or 'refuse'")
         if history not in ("as_rendered", "per_turn"):
@@ -178,7 +182,9 @@ class ChatTemplate:
         source = resolve_template(template, tokenizer)
         named = source if isinstance(source, dict) else {"default": source}
         if "default" not in named:
-            raise DataError(f"the tokenizer's templates are {sorted(named)}; none is 'default', so set data.chat_template")
+            raise DataError(
+                f"the tokenizer's templates are {sorted(named)}; none is 'default', so set data.chat_template"
+            )
         self.text = named["default"]
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
@@ -242,9 +248,12 @@ class ChatTemplate:
     def plan(self, conversation: Conversation) -> Plan:
         """Render a conversation and prove its trained spans."""
         if not conversation.messages:
-            raise DataError("the conversation has no messages")
+            raise RowError("the conversation has no messages", "no messages")
         hiding = Hiding(self._hidden)
+        prover = self.prover(conversation)
         plain = [_prepared(message) for message in conversation.messages]
+        if prover.wants_parts:
+            plain = [as_parts(message) for message in plain]
         messages = [self._hide(index, message, hiding) for index, message in enumerate(plain)]
         variables = {**self.variables, **conversation.template_kwargs, "tools": hiding.hide(conversation.tools)}
         weights = {
@@ -254,7 +263,6 @@ class ChatTemplate:
             )
             if train and weight > 0 and message.get("role") == "assistant"
         }
-        prover = self.prover(conversation)
         if self.history == "per_turn":
             texts = tuple(prover.per_turn(messages, weights, variables))
         else:
@@ -264,8 +272,10 @@ class ChatTemplate:
             for text in texts:
                 seen = prover.template.plain(plain[: text.messages], variables, False)
                 if not hiding.restore(text.text).startswith(seen):
-                    raise DataError("the template treats special-token text in the content in a way of its own")
-        return Plan(texts, messages, variables, hiding)
+                    raise RowError(
+                        "the template treats special-token text in the content in a way of its own", _SPECIAL_IN_CONTENT
+                    )
+        return Plan(texts, plain, hiding)
 
     def _hide(self, index: int, message: Message, hiding: Hiding) -> Message:
         before = hiding.count
@@ -273,7 +283,9 @@ class ChatTemplate:
         if hiding.count > before and self.special_tokens_in_content == "refuse":
             found = [text for text in hiding.originals.values() if text in self.tokens.special]
             if found:
-                raise DataError(f"message {index} ({message.get('role')}): its content holds the special token {found[0]!r}")
+                raise DataError(
+                    f"message {index} ({message.get('role')}): its content holds the special token {found[0]!r}"
+                )
         return hidden
 
     def mask(self, plan: Plan, text: TemplateText, ids: Ids | None) -> Encoded:
@@ -299,8 +311,8 @@ class ChatTemplate:
                 around = text.text[max(0, span.start - 12) : span.start + 12]
                 raise refuse(
                     span.message,
-                    f"the tokenizer joins the end of its generation prompt and the start of its reply ({around!r}); no "
-                    "token boundary, no exact mask. Strip the reply's leading white space, or use data.history=per_turn",
+                    f"the tokenizer joins the end of its generation prompt and the start of its reply ({around!r}): no "
+                    "token boundary, no exact mask. Strip the reply's leading space, or use data.history=per_turn",
                 )
             end = self._stop_position(text.text, ids, span, start, hidden)
             bounds.append((start, end))
@@ -319,7 +331,9 @@ class ChatTemplate:
             reply = self.tokens.encode(text[span.start : span.end])
             end = start + len(reply) if np.array_equal(ids[start : start + len(reply)], reply) else None
         if end is None or (span.closes and int(ids[end - 1]) not in self._stop_ids):
-            raise refuse(span.message, f"its stop token is not a token of its own in {text[span.end - 20 : span.end]!r}")
+            raise refuse(
+                span.message, f"its stop token is not a token of its own in {text[span.end - 20 : span.end]!r}"
+            )
         return end
 
     def _cut(self, text: str, ids: Ids, span: Span) -> tuple[Ids, int | None]:
@@ -337,14 +351,13 @@ class ChatTemplate:
 
 
 def _prepared(message: Message) -> Message:
-    """A message as ``apply_chat_template`` hands it to the template: no nulls, plain types, reasoning by all its names."""
+    """A message as ``apply_chat_template`` hands it on: no nulls, plain types, reasoning by all its names."""
     kept = {key: value for key, value in message.items() if value is not None}
     if all(type(value) is str for value in kept.values()) and not kept.keys() & _REASONING:
         return kept
-    plain, alias = (getattr(chat_template_utils, name, None) for name in ("_plain_template_data", "_alias_reasoning_fields"))
+    plain, alias = (
+        getattr(chat_template_utils, name, None) for name in ("_plain_template_data", "_alias_reasoning_fields")
+    )
     if plain is not None:
         kept = plain(kept)
     return alias([kept])[0] if alias is not None else kept  # type: ignore[no-any-return]
-
-
-_REASONING = {"reasoning_content", "reasoning", "thinking"}

@@ -81,7 +81,7 @@ def _check_turn(
         note = "trained as the template remembers it, not as inference produces it"
         yield Finding("history_rewritten", index, note, is_error=False)
     elif not plan.hiding.count:
-        yield from _against_inference(template, conversation, text.text[: final.end], ids[:start], first)
+        yield from _against_inference(template, conversation, plan, text.text[: final.end], ids[:start], first)
     last = int(ids[end - 1])
     stops = {token_id: name for name, token_id in template.tokens.stops.items()}
     if last not in stops:
@@ -94,7 +94,7 @@ def _check_turn(
             "add it to eos_token_id in generation_config.json",
         )  # fmt: skip
     trained = "".join(template.tokens.decode(ids[a:b]) for _, (a, b) in pieces)
-    message = conversation.messages[index]
+    message = plan.messages[index]
     for part in _texts(message.get("content")):
         wanted = part.rpartition("</think>")[2].strip()
         if "".join(wanted.split()) not in "".join(trained.split()):
@@ -113,20 +113,20 @@ def _texts(content: Any) -> list[str]:
 
 
 def _against_inference(
-    template: ChatTemplate, conversation: Conversation, text: str, before: Ids, span: Span
+    template: ChatTemplate, conversation: Conversation, plan: Plan, text: str, before: Ids, span: Span
 ) -> Iterator[Finding]:
     """Compare the ids before a reply, and the text to its end, with what the tokenizer's own method gives."""
     prover, index = template.prover(conversation), span.message
     kwargs = {**template.variables, **conversation.template_kwargs}
     prompt, turn = (
         template.tokenizer.apply_chat_template(
-            conversation.messages[:count], tools=conversation.tools, chat_template=prover.template.text,
+            plan.messages[:count], tools=conversation.tools, chat_template=prover.template.text,
             add_generation_prompt=count == index, tokenize=False, **kwargs,
         )
         for count in (index, index + 1)
     )  # fmt: skip
     if "strftime_now" in prover.template.variables:  # the clock may have moved on since
-        prompt = prover.template.plain(conversation.messages[:index], {**kwargs, "tools": conversation.tools}, True)
+        prompt = prover.template.plain(plan.messages[:index], {**kwargs, "tools": conversation.tools}, True)
         turn = text
     expected = template.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if before[: len(expected)].tolist() != list(expected):
@@ -139,7 +139,9 @@ def _against_inference(
 def _foreign(template: ChatTemplate, conversation: Conversation) -> Iterator[Finding]:
     """Put a witness character into everything the assistant did not say, and look for it in the trained spans."""
     messages = [
-        message if message.get("role") == "assistant" else {k: v if k == "role" else _witnessed(v) for k, v in message.items()}
+        message
+        if message.get("role") == "assistant"
+        else {k: v if k == "role" else _witnessed(v) for k, v in message.items()}
         for message in conversation.messages
     ]
     witnessed = replace(conversation, messages=messages, tools=_witnessed(conversation.tools))

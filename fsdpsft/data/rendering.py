@@ -21,7 +21,7 @@ from jinja2 import meta, nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
-from fsdpsft.errors import DataError, ModelError
+from fsdpsft.errors import ModelError, RowError
 
 Message = dict[str, Any]
 
@@ -30,6 +30,7 @@ Message = dict[str, Any]
 _OPEN, _CLOSE = "\U0010f000", "\U0010f001"
 _MARKER = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _BEGIN, _END = "_fsdpsft_begin", "_fsdpsft_end"
+_UNPROVABLE = "loss mask not provable"
 _PLACEHOLDERS = range(0x100000, 0x10F000)
 RESERVED = "[\U00100000-\U0010ffff]"
 
@@ -118,6 +119,7 @@ class JinjaTemplate:
     """
 
     def __init__(self, text: str, now: datetime) -> None:
+        """Compile both forms; see the class."""
         self.text = text
         try:
             environment = chat_template_utils._compile_jinja_template(text).environment
@@ -140,14 +142,14 @@ class JinjaTemplate:
         self._caught = False
 
     def plain(self, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
-        """Render as ``apply_chat_template(tokenize=False)`` does; ``DataError`` if the template rejects the messages."""
+        """Render as ``apply_chat_template(tokenize=False)`` does; ``RowError`` if it rejects them."""
         return self._render(self._plain, messages, variables, add_generation_prompt)
 
     def marked(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Rendered:
         """Render without a generation prompt and say which message wrote what.
 
         Raises:
-            DataError: the template rejects the messages, or its output depends on the markers (then nothing is proven).
+            RowError: the template rejects the messages, or its output depends on the markers (then nothing is proven).
         """
         self._messages, self._index = messages, {id(message): i for i, message in enumerate(messages)}
         self._open.clear()
@@ -155,12 +157,17 @@ class JinjaTemplate:
         raw = self._render(self._marked, messages, variables, False)
         rendered = _parse(raw)
         if self._caught and rendered.text != self.plain(messages, variables, False):
-            raise DataError("the chat template prints messages inside a macro or block and changes what it caught there")
+            raise RowError(
+                "the chat template prints messages inside a macro or block and changes what it caught there"
+            )
         return rendered
 
     @staticmethod
     def _render(
-        template: jinja2.Template, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool
+        template: jinja2.Template,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool,
     ) -> str:
         try:
             return template.render(
@@ -169,7 +176,9 @@ class JinjaTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except _TEMPLATE_FAULTS as error:
-            raise DataError(f"the chat template rejects the conversation: {error}") from error
+            raise RowError(
+                f"the chat template rejects the conversation: {error}", "rejected by the template"
+            ) from error
 
     def _begin(self, loop: int, *values: Any) -> str:
         """Printed first in each iteration: whose it is, or nobody's (-1) if this loop had a message before."""
@@ -231,6 +240,7 @@ class Hiding:
     """
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
+        """Hide nothing yet; see the class."""
         self._pattern = pattern
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
@@ -240,7 +250,7 @@ class Hiding:
         original = match.group()
         if original not in self._placeholders:
             if len(self.originals) == len(_PLACEHOLDERS):
-                raise DataError("the conversation holds too many different private-use characters")
+                raise RowError("too many different private-use characters in one conversation", _UNPROVABLE)
             placeholder = chr(_PLACEHOLDERS[len(self.originals)])
             self._placeholders[original] = placeholder
             self.originals[placeholder] = original

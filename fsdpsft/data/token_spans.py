@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from fsdpsft.errors import DataError, ModelError
+from fsdpsft.errors import ModelError, RowError
 
 Ids: TypeAlias = NDArray[np.uint32]
 
+_UNSPELLABLE = "special token in content"
 _WINDOW = 192  # how far back a special token is looked for; a generation prompt is shorter
 
 
@@ -66,15 +67,17 @@ class SpanTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int] = ()) -> None:
+        """Copy the backend; see the class."""
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"{type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed. Convert it once: load the "
-                "model with AutoTokenizer and save_pretrained() the fast tokenizer into the model's folder."
+                f"{type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed. Convert it once: "
+                "load it with AutoTokenizer and save_pretrained() the fast tokenizer into the model's folder."
             )
         source = tokenizer.backend_tokenizer.to_str()
         self._backend = _clean(source)
         self._source = source
-        added = {token.content: (token_id, token.special) for token_id, token in self._added().items()}
+        decoder = self._backend.get_added_tokens_decoder()
+        added = {token.content: (token_id, token.special) for token_id, token in decoder.items()}
         self.special = {text: token_id for text, (token_id, special) in added.items() if special and text}
         wanted = {*stop_token_ids, tokenizer.eos_token_id}
         self.stops = self.special | {text: token_id for text, (token_id, _) in added.items() if token_id in wanted}
@@ -84,24 +87,21 @@ class SpanTokenizer:
         self._tail = lru_cache(maxsize=4096)(self._encode_uncached)
         self._literal: Tokenizer | None = None
 
-    def _added(self) -> dict[int, object]:  # AddedToken by id
-        return self._backend.get_added_tokens_decoder()  # type: ignore[no-any-return]
-
     @property
     def source(self) -> str:
         """The backend as JSON, for fingerprints."""
-        return self._source
+        return str(self._source)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise texts without adding special tokens. Each is tokenised once, by all the backend's threads.
 
         Raises:
-            DataError: a text is not valid Unicode; callers name the row by trying one at a time.
+            RowError: a text is not valid Unicode; callers name the row by trying one at a time.
         """
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate, from an escape in JSON
-            raise DataError("the text holds a lone surrogate (half a character); it is not valid Unicode") from error
+            raise RowError("the text holds a lone surrogate (half a character)", "not valid Unicode") from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode(self, text: str) -> Ids:
@@ -115,7 +115,7 @@ class SpanTokenizer:
         replaced by the original strings and the piece is tokenised with special tokens switched off.
 
         Raises:
-            DataError: the tokenizer cannot spell the piece as ordinary text.
+            RowError: the tokenizer cannot spell the piece as ordinary text.
         """
         table = {ord(placeholder): original for placeholder, original in originals.items()}
         parts: list[Ids] = []
@@ -130,7 +130,7 @@ class SpanTokenizer:
         parts.append(self.encode(text[plain_start:]))
         ids = np.concatenate(parts)
         if not self.same_text(ids, self._encode_literal(text.translate(table))):
-            raise DataError("this tokenizer cannot spell special-token text in content as ordinary text")
+            raise RowError("this tokenizer cannot spell special-token text in content as ordinary text", _UNSPELLABLE)
         return ids
 
     def _between_special(self, text: str) -> list[tuple[int, int]]:
@@ -144,7 +144,7 @@ class SpanTokenizer:
             self._literal.encode_special_tokens = True
         ids = np.array(self._literal.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if np.isin(ids, self._special_ids).any():
-            raise DataError("this tokenizer makes a special token of ordinary text")
+            raise RowError("this tokenizer makes a special token of ordinary text", _UNSPELLABLE)
         return ids
 
     def same_text(self, ids: Ids, others: Ids) -> bool:
@@ -175,8 +175,8 @@ class SpanTokenizer:
         """The same, proven from the last special token before ``position``; None where that shows nothing."""
         anchor = None
         window = max(0, position - _WINDOW)
-        for anchor in self.special_pattern.finditer(text, window, position):
-            pass
+        for match in self.special_pattern.finditer(text, window, position):
+            anchor = match
         if anchor is None:
             return None
         name, start = anchor.group(), anchor.start()

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from fsdpsft.data.rendering import JinjaTemplate, Message, Rendered
 from fsdpsft.data.token_spans import SpanTokenizer
-from fsdpsft.errors import DataError, ModelError
+from fsdpsft.errors import DataError, ModelError, RowError
 
 Variables = Mapping[str, Any]
 
 _PROBE = "probe of the reply"
+_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class _Turn:
         return self.rendered.text[self.prompt_end : self.reply_end]
 
 
-def refuse(index: int, reason: str) -> DataError:
+def as_parts(message: Message) -> Message:
+    """The message with text content as a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def refuse(index: int, explanation: str) -> RowError:
     """The error for an assistant message whose trained tokens cannot be proven."""
-    return DataError(f"message {index} (assistant): {reason}")
+    return RowError(f"message {index} (assistant): {explanation}", "loss mask not provable")
 
 
 def _excerpt(text: str, limit: int = 60) -> str:
@@ -93,6 +100,10 @@ class TurnProver:
             that leave a turn's stop token to the next message's header (GLM) can be used.
         variables: template variables of every render.
 
+    Attributes:
+        wants_parts: the template prints only content given as a list of parts (vision models).
+        header: the generation prompt after a plain question, to know it where it must not be.
+
     Raises:
         ModelError: the template has no generation prompt but prints a role header, so that training could not tell
             the header from the reply.
@@ -101,29 +112,34 @@ class TurnProver:
     def __init__(
         self, template: JinjaTemplate, tokens: SpanTokenizer, stop_token_ids: Sequence[int], variables: Variables
     ) -> None:
+        """Render the probe; see the class."""
         self.template = template
         self._tokens = tokens
         self._stop_ids = frozenset(stop_token_ids)
-        if "add_generation_prompt" not in template.variables:
-            self._require_no_header(variables)
+        self.wants_parts, self.header = self._probe(variables)
 
-    def _require_no_header(self, variables: Variables) -> None:
-        parts = [[{"type": "text", "text": text}] for text in ("question", _PROBE)]
-        for user, assistant in (("question", _PROBE), parts):
-            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    def _probe(self, variables: Variables) -> tuple[bool, str]:
+        """Learn from a question and a reply how the template takes content and how it prompts."""
+        messages: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+        for wants_parts in (False, True):
+            shaped = [as_parts(message) for message in messages] if wants_parts else messages
             try:
-                prompt = self.template.plain(messages[:1], variables, True)
-                text = self.template.plain(messages, variables, False)
-            except DataError:
+                prompt, before = (self.template.plain(shaped[:1], variables, generate) for generate in (True, False))
+                text = self.template.plain(shaped, variables, False)
+            except DataError:  # rejected in this form; conversations that are too say so themselves
                 continue
-            header, found, _ = text[len(prompt) :].partition(_PROBE)
-            if found and text.startswith(prompt) and not header.strip():
-                return
-        raise ModelError(
-            "the chat template never reads add_generation_prompt, and it prints more than white space between the user's "
-            "message and the reply: inference would not prompt as training does. Print the assistant's header "
-            "under {% if add_generation_prompt %} at the end of the template."
-        )
+            if _PROBE not in text:
+                continue
+            header = prompt[_shared(prompt, before) :]
+            lead = text[_shared(prompt, text) : text.index(_PROBE)]
+            if not header.strip() and lead.strip():
+                raise ModelError(
+                    f"the chat template prints {lead!r} between the user's message and the reply, but with "
+                    "add_generation_prompt it prints nothing: inference would not prompt as training does. Print the "
+                    "assistant's header under {% if add_generation_prompt %} at the end of the template."
+                )
+            return wants_parts, header
+        return False, ""
 
     def as_rendered(
         self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
@@ -148,9 +164,7 @@ class TurnProver:
             texts.append(TemplateText(turn.rendered.text, self._spans(turn.rendered, turn, weight), index + 1))
         return texts
 
-    def _turn(
-        self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered | None
-    ) -> _Turn:
+    def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered | None) -> _Turn:
         try:
             prompt = self.template.plain(messages[:index], variables, True)
         except DataError as error:
@@ -160,12 +174,13 @@ class TurnProver:
         else:
             rendered = whole
         if not rendered.text.startswith(prompt):
-            shared = len(commonprefix([prompt, rendered.text]))
+            shared = len(re.sub(r"[^\s>]*\Z", "", prompt[: _shared(prompt, rendered.text)]))
             raise refuse(
                 index,
                 f"the generation prompt ends in {_excerpt(prompt[shared:])} where the template prints the turn as "
-                f"{_excerpt(rendered.text[shared:])}; inference would never see this reply after its prompt. "
-                "Use a template whose generation prompt is how its assistant turns begin (data.chat_template).",
+                f"{_excerpt(rendered.text[shared:])}; inference would never see this reply after its prompt. Use a "
+                "template whose generation prompt is how its assistant turns begin (data.chat_template), or, where it "
+                "has such a variable, e.g. data.chat_template_kwargs.enable_thinking",
             )
         segments = rendered.owned(index)
         start, end = segments[-1] if segments else (None, len(rendered.text))
@@ -173,6 +188,12 @@ class TurnProver:
             raise refuse(index, "the template prints the message in several places; its reply cannot be told apart")
         turn = self._close(_Turn(index, rendered, start, len(prompt), end, ""), messages, variables)
         self._require_complete(turn, messages[index])
+        if self.header.strip() and turn.reply.lstrip().startswith(self.header.strip()):
+            raise refuse(
+                index,
+                f"with add_generation_prompt the template does not print {_excerpt(self.header)} here; the reply would "
+                "begin with the role header, which is never trained",
+            )
         return turn
 
     def _close(self, turn: _Turn, messages: Sequence[Message], variables: Variables) -> _Turn:
@@ -183,7 +204,9 @@ class TurnProver:
             end, stop = turn.prompt_end + found[0], found[1]
             before = self._tokens.stop_at_end(text[turn.prompt_end : end - len(stop)])
             if turn.header_start is None and before is not None:
-                raise refuse(turn.index, f"it ends with two stop tokens, {before[1]!r} and {stop!r}; which ends the turn?")
+                raise refuse(
+                    turn.index, f"it ends with two stop tokens, {before[1]!r} and {stop!r}; which ends the turn?"
+                )
             rendered = turn.rendered
         else:
             stop = self._tokens.special_at(text, region_end) or self._borrowed_stop(turn, messages, variables)
@@ -193,20 +216,26 @@ class TurnProver:
                 rendered = Rendered(text[:region_end] + stop, rendered.segments, rendered.blocks)
         closed = _Turn(turn.index, rendered, turn.header_start, turn.prompt_end, end, stop)
         if closed.reply.count(stop) > 1:
-            raise refuse(turn.index, f"its stop token {stop!r} occurs within the turn, where generation would already end")
+            raise refuse(turn.index, f"its stop token {stop!r} occurs within the turn, where generation would end")
         return closed
 
     def _borrowed_stop(self, turn: _Turn, messages: Sequence[Message], variables: Variables) -> str:
         """The stop token of a turn that the template does not close: the special token that opens the next message."""
         index, end = turn.index, turn.reply_end
-        following = {"role": "tool" if "tool_calls" in messages[index] else "user", "content": "next"}
+        # Without its thoughts, so that the next message cannot make the template rewrite the turn.
+        message = {key: value for key, value in messages[index].items() if key not in _THOUGHTS}
+        if isinstance(message.get("content"), str):
+            message["content"] = message["content"].rpartition("</think>")[2]
+        following = {"role": "tool" if "tool_calls" in message else "user", "content": "next"}
         if index + 1 < len(messages):
             following = messages[index + 1]
+        stop = None
         try:
-            text = self.template.plain([*messages[: index + 1], following], variables, False)
-        except DataError:
-            text = ""
-        stop = self._tokens.special_at(text, end) if text.startswith(turn.rendered.text[:end]) else None
+            closed = self.template.marked([*messages[:index], message, following], variables)
+            owned = closed.owned(index)
+            stop = self._tokens.special_at(closed.text, owned[-1][1]) if owned else None
+        except DataError as error:
+            raise refuse(index, f"no message can follow it to show which token ends the turn: {error}") from error
         if stop is None or self._tokens.special[stop] not in self._stop_ids:
             ending = _excerpt(turn.rendered.text[max(turn.prompt_end, end - 30) : end])
             raise refuse(
@@ -234,22 +263,22 @@ class TurnProver:
             pieces = [(max(start, a), min(end, b)) for a, b in whole.blocks if max(start, a) < min(end, b)]
             if not pieces or pieces[-1][1] != end:
                 raise refuse(turn.index, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
-        return tuple(
-            Span(turn.index, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces
-        )
+        return tuple(Span(turn.index, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces)
 
     def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
         """(start, end) of a reply in a conversation whose history the template has rewritten."""
         remedy = "; use data.history=per_turn, or train only the last turn"
         segments = whole.owned(turn.index)
         if turn.header_start is None or len(segments) != 1:
-            raise refuse(turn.index, "the template rewrites the turn once others follow, and does not show where" + remedy)
+            raise refuse(
+                turn.index, "once others follow, the template rewrites the turn and does not show where" + remedy
+            )
         header = turn.rendered.text[turn.header_start : turn.prompt_end]
         start = segments[0][0] + len(header)
         if not whole.text.startswith(header, segments[0][0]):
             raise refuse(
                 turn.index,
-                f"once others follow, the template prints the turn without the generation prompt {_excerpt(header)}" + remedy,
+                f"once others follow, the template prints it without the generation prompt {_excerpt(header)}" + remedy,
             )
         end = whole.text.find(turn.stop, start, segments[0][1] + len(turn.stop)) + len(turn.stop)
         if end < start or not _is_cut(whole.text[start:end], turn.reply):
@@ -263,6 +292,11 @@ class TurnProver:
 
 def _is_cut(found: str, reply: str) -> bool:
     """Whether ``found`` is ``reply`` with at most one piece cut out."""
-    head = len(commonprefix([found, reply]))
-    tail = len(commonprefix([found[::-1], reply[::-1]]))
+    head = _shared(found, reply)
+    tail = _shared(found[::-1], reply[::-1])
     return len(found) <= len(reply) and head + tail >= len(found)
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
