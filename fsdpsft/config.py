@@ -509,3 +509,15 @@ _EFFECTIVE: dict[str, tuple[Callable[[Config], bool], str]] = {
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.create(config.as_dict()))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``500MB`` (powers of ten).
+
+    Raises:
+        ConfigError: not a number followed by KB, MB, GB or TB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"trainer.max_shard_size={text} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))

@@ -95,6 +95,10 @@ class Recorder:
         self._trackers.log(values, step)
         self._throughput.restart()
 
+    def close(self) -> None:
+        """Close every tracker; what is still pending is lost."""
+        self._trackers.close()
+
     def _read(self) -> None:
         pending, self._pending = self._pending, []
         for position, item in enumerate(pending):

@@ -1,47 +1,48 @@
-"""Everything a run holds, put together from its settings: data, processes, model, optimiser, metrics, checkpoints."""
+"""Everything a run holds, put together from its settings: processes, model, optimiser, metrics, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fsdpsft.config import Config, to_yaml
+from fsdpsft.checkpoint import Adapter, CheckpointManager
+from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh
-from fsdpsft.errors import ConfigError
+from fsdpsft.hf_export import Handoff
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
-from fsdpsft.metrics import Console, FlopCount, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
+from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
+from fsdpsft.model import lora
+from fsdpsft.model.sft_model import count_parameters, flop_count
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
+from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
+from fsdpsft.training_state import TrainState, check_config, read_state
 
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What the data side hands to a run.
-
-    Attributes:
-        model_path: local folder of the model.
-        train, validation: token stores; validation may be None.
-        source_weights: draws per sample and epoch of each training source; None where all are 1.
-        pad_token_id: id of filler tokens.
-    """
-
-    model_path: Path
-    train: SampleStore
-    validation: SampleStore | None
-    source_weights: tuple[float, ...] | None
-    pad_token_id: int
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """A run ready to go. See ``train.py`` for what is done with it."""
+    """A run ready to go; ``train.py`` says what is done with it.
+
+    Attributes:
+        config: the settings.
+        data: what the data side prepared.
+        validation: None without ``data.val_files``.
+        total_steps: optimiser steps of the whole run; ``start_step`` of them were done before.
+    """
 
     config: Config
     data: TrainingData
@@ -50,14 +51,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     loader: Loader
     validation: Loader | None
+    checkpoints: CheckpointManager
     schedule: LRSchedule
     recorder: Recorder
+    start_step: int
     total_steps: int
-    start_step: int = 0
 
-    def lr(self, step: int) -> float:
-        """Learning rate of 0-based ``step``."""
-        return self.config.optim.lr * self.schedule(step)
+    def lr(self, step: Step) -> float:
+        """Learning rate of a step."""
+        return self.config.optim.lr * self.schedule(step.index)
+
+    @property
+    def sync_every_micro_batch(self) -> bool:
+        """Whether gradients are summed over processes after each micro-batch, or once a step."""
+        return self.config.model.fsdp_config.gradient_sync == "every"
 
     def squared_lengths(self, step: Step) -> int:
         """Sum of the squared document lengths of a step, which attention's cost grows with."""
@@ -69,8 +76,171 @@ class Run:
         every = len(self.loader) if frequency == "epoch" else int(frequency)
         return done == self.total_steps or (every > 0 and done % every == 0)
 
+    def save(self, step: Step) -> None:
+        """Write ``global_step_N``, in the background where asked, and let old ones go."""
+        t, done = self.config.trainer, step.index + 1
+        state = TrainState(
+            done, done / len(self.loader), tokens=self.recorder.tokens, trained_tokens=self.recorder.trained_tokens,
+            config=self.config.as_dict(), data_fingerprint=self.data.train.fingerprint,
+        )  # fmt: skip
+        metric = self.recorder.last[t.best_metric] if t.best_metric in self.recorder.last else None
+        self.checkpoints.save(
+            self.model.module.causal_lm, self.optimizer, state, contents=t.save_contents, metric=metric,
+            adapter=_adapter(self.model, self.config, self.data), background=t.async_save,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Wait for the save under way and close every file."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.recorder.close()
+
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    raise NotImplementedError
-    yield
+    """Prepare the data, join the processes, build everything; close it all afterwards, whatever happened."""
+    data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+    device = choose_device(config.trainer.device)
+    mesh = init_mesh(
+        device, sp_size=config.ulysses_sequence_parallel_size,
+        replicate_size=config.model.fsdp_config.replicate_size, timeout_s=config.trainer.timeout,
+    )  # fmt: skip
+    try:
+        torch.manual_seed(config.trainer.seed)
+        with contextlib.closing(_build(config, data, mesh)) as run:
+            yield run
+    finally:
+        close_mesh()
+
+
+def _build(config: Config, data: TrainingData, mesh: Mesh) -> Run:
+    o, t = config.optim, config.trainer
+    loader = make_loader(config, data.train, data, mesh)
+    model = build_model(data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed)
+    optimizer = build_optimizer(
+        model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay
+    )
+    checkpoints = CheckpointManager(
+        Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
+        publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
+    )  # fmt: skip
+    state = _resume(config, model, optimizer, checkpoints)
+    total_steps = t.total_training_steps or t.total_epochs * len(loader)
+    schedule = build_schedule(
+        o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
+        decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,
+    )  # fmt: skip
+    _announce(config, data, model, loader, state, total_steps)
+    recorder = Recorder(
+        _trackers(config, mesh, state.step, total_steps), Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
+        data.train.describe, steps_per_epoch=len(loader), log_freq=t.log_freq,
+        tokens_seen=state.tokens, trained_tokens_seen=state.trained_tokens,
+    )  # fmt: skip
+    validation = None
+    if data.validation is not None:
+        validation = make_loader(config, data.validation, data, mesh, evaluation=True)
+    return Run(
+        config, data, mesh, model, optimizer, loader, validation, checkpoints, schedule, recorder, state.step, total_steps
+    )
+
+
+def make_loader(
+    config: Config, store: SampleStore, data: TrainingData, mesh: Mesh, *, evaluation: bool = False
+) -> Loader:
+    """The loader of a store under the run's settings, for this process's place in the mesh."""
+    d, packed = config.data, config.use_remove_padding
+    return Loader(
+        store, train_batch_size=d.train_batch_size, token_budget=d.token_budget, pad_token_id=data.pad_token_id,
+        seed=config.trainer.seed, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, sp_size=mesh.sp_size,
+        max_rows=None if packed else d.micro_batch_size_per_gpu, padded=not packed, drop_last=d.drop_last,
+        balance=d.balance_dp_token, source_weights=None if evaluation else data.source_weights,
+        max_samples=d.val_max_samples if evaluation else d.train_max_samples, evaluation=evaluation,
+        pin_memory=mesh.device.type == "cuda",
+    )  # fmt: skip
+
+
+def _handoff(config: Config, data: TrainingData) -> Handoff:
+    return Handoff(
+        data.model_path, max_shard_bytes=parse_size(config.trainer.max_shard_size), chat_template=data.chat_template,
+        eos_token_ids=data.eos_token_ids, fingerprints={"data": data.train.fingerprint, "encoder": data.encoder.fingerprint},
+    )  # fmt: skip
+
+
+def _adapter(model: ParallelModel, config: Config, data: TrainingData) -> Adapter | None:
+    causal_lm = model.module.causal_lm
+    if not config.model.uses_lora:
+        return None
+    return Adapter(
+        lora.merged_state(causal_lm), lora.adapter_state(causal_lm), lora.adapter_config(causal_lm, str(data.model_path))
+    )
+
+
+def _resume(
+    config: Config, model: ParallelModel, optimizer: torch.optim.Optimizer, checkpoints: CheckpointManager
+) -> TrainState:
+    """Load the checkpoint that ``trainer.resume_mode`` asks for; a fresh state where there is none."""
+    t = config.trainer
+    if t.resume_mode == "disable":
+        return TrainState(step=0)
+    path = Path(t.resume_from_path) if t.resume_from_path else checkpoints.latest_good()
+    if path is None:
+        return TrainState(step=0)
+    check_config(TrainState(**read_state(path)["state"]).config, config.as_dict(), allow=t.allow_config_change)
+    state = checkpoints.load(path, model.module.causal_lm, optimizer, verified=t.resume_from_path is None)
+    model.weights_changed()
+    return state
+
+
+def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Trackers:
+    """Open the places metrics go to, and write ``config.yaml``; rank 0 alone has any."""
+    if mesh.rank:
+        return Trackers([])
+    t, folder = config.trainer, Path(config.trainer.default_local_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config) + _versions())
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", step)]
+    trackers.append(Console(total_steps, step, lines="console" in t.logger))
+    if "tensorboard" in t.logger:
+        trackers.append(TensorBoard(folder, to_yaml(config)))
+    if "wandb" in t.logger:
+        trackers.append(WandB(folder, config.as_dict(), t.project_name, t.experiment_name))
+    return Trackers(trackers)
+
+
+def _versions() -> str:
+    """Versions of what the run stands on, and the commit of the folder it was started in, as YAML comments."""
+    names = ("fsdpsft", "torch", "transformers", "peft", "pyarrow", "flash-attn", "liger-kernel")
+    lines = [f"# python {sys.version.split()[0]}"]
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            lines.append(f"# {name} {metadata.version(name)}")
+    git = shutil.which("git")
+    if git:
+        found = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        lines += [f"# git {found.stdout.strip()}"] if found.returncode == 0 else []
+    return "\n".join(lines) + "\n"
+
+
+def _announce(
+    config: Config, data: TrainingData, model: ParallelModel, loader: Loader, state: TrainState, total_steps: int
+) -> None:
+    if model.mesh.rank:
+        return
+    store, (total, trained) = data.train, count_parameters(model.module)
+    log.info(
+        "%s samples, %s tokens, %s of them trained (%.1f %%)", f"{len(store):,}",
+        f"{int(store.lengths.sum(dtype=np.int64)):,}", f"{int(store.trained.sum(dtype=np.int64)):,}",
+        100 * store.trained.sum(dtype=np.int64) / store.lengths.sum(dtype=np.int64),
+    )  # fmt: skip
+    log.info(
+        "%s with %s parameters, %s trained, on %d x %s (data parallel %d, Ulysses %d), %s compute",
+        type(model.module.causal_lm).__name__, f"{total:,}", f"{trained:,}", model.mesh.world_size,
+        model.mesh.device.type, model.mesh.dp_size, model.mesh.sp_size, str(model.compute_dtype).removeprefix("torch."),
+    )  # fmt: skip
+    if state.step >= total_steps:
+        log.info("already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps)
+    elif state.step:
+        log.info("resuming at step %d of %d", state.step, total_steps)
+    else:
+        log.info("%d steps of %d samples, %d an epoch", total_steps, config.data.train_batch_size, len(loader))

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from types import ModuleType
 
 import torch
 
+from fsdpsft.cli import run_command
 from fsdpsft.config import Config
 from fsdpsft.data.loader import Step
 from fsdpsft.evaluate import evaluate
@@ -19,7 +19,6 @@ from fsdpsft.parallelize import ParallelModel
 from fsdpsft.recorder import StepStats
 from fsdpsft.run import open_run
 
-log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -31,29 +30,32 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
     """
+    t = config.trainer
     with open_run(config) as run:
         for step in run.loader.iterate(run.start_step, run.total_steps):
-            lr = run.lr(step.index)
-            set_lr(run.optimizer, lr)
-            stats = train_step(run.model, run.optimizer, step, run.clip_grad, sync_every=run.sync_every)
-            run.recorder.record(step, stats, lr, run.squared_lengths(step))
-            if run.validation is not None and run.is_due(run.test_freq, step):
+            set_lr(run.optimizer, run.lr(step))
+            stats = train_step(run.model, run.optimizer, step, config.optim.clip_grad, run.sync_every_micro_batch)
+            run.recorder.record(step, stats, run.lr(step), run.squared_lengths(step))
+            if run.validation is not None and run.is_due(t.test_freq, step):
                 run.recorder.flush()
                 run.recorder.write(evaluate(run.model, run.validation), step.index + 1)
-            if run.is_due(run.save_freq, step):
+            if run.is_due(t.save_freq, step):
                 run.recorder.flush()
-                run.save(step.index + 1)
+                run.save(step)
         run.recorder.flush()
         return run.recorder.last
 
 
 def train_step(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, step: Step, clip_grad: float | None, *, sync_every: bool = True
+    model: ParallelModel, optimizer: torch.optim.Optimizer, step: Step, clip_grad: float | None, sync_every: bool = True
 ) -> StepStats:
     """One optimiser step on the global batch ``step``; the host waits for nothing.
 
     The loss is a sum over trained tokens, divided once by their number in the whole batch, which the plan knows. So
     neither micro-batches nor processes nor padding can change it.
+
+    Args:
+        sync_every: sum gradients over processes after each micro-batch; False does it once, at the last.
     """
     device = model.mesh.device
     loss = torch.zeros((), device=device)
@@ -69,3 +71,26 @@ def train_step(
     optimizer.zero_grad()
     model.weights_changed()
     return StepStats(model.mesh.sum(loss), grad_norm)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m fsdpsft.train key=value …``; returns the exit code."""
+    return run_command(train_command, sys.argv[1:] if arguments is None else arguments)
+
+
+def train_command(config: Config) -> None:
+    """Train and say where the model is."""
+    train(config)
+
+
+class _CallableModule(ModuleType):
+    """Lets ``from fsdpsft import train; train(config)`` mean the function, whoever imported this module before."""
+
+    def __call__(self, config: Config) -> dict[str, float]:
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""From settings to tokenised data: what training, the check and the plan all start from. Needs no process group."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from fsdpsft.config import Config, DataConfig
+from fsdpsft.data.conversation import RowFormat
+from fsdpsft.data.row_encoder import RowEncoder
+from fsdpsft.data.sources import Source, resolve_sources
+from fsdpsft.data.token_store import TokenStore
+from fsdpsft.data.token_store_build import open_or_build
+from fsdpsft.data.token_store_parts import BuildOptions
+from fsdpsft.distributed.mesh import env_local_rank, env_rank
+from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.model.loading import load_tokenizer, resolve_model_path
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CACHE = "~/.cache/fsdpsft"
+_STOP_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the data side hands on.
+
+    Attributes:
+        model_path: local folder of the model.
+        tokenizer: the model's.
+        encoder: turned the rows into tokens; holds the chat template.
+        train: the training samples; ``validation``: None without ``data.val_files``.
+        source_weights: draws per sample and epoch of each training source; None where all are 1.
+        eos_token_ids: what ends generation, the stop token that is trained included.
+    """
+
+    model_path: Path
+    tokenizer: PreTrainedTokenizerFast
+    encoder: RowEncoder
+    sources: tuple[Source, ...]
+    train: TokenStore
+    validation: TokenStore | None
+    source_weights: tuple[float, ...] | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of filler tokens; they are never trained, so any will do where the tokenizer names none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else 0
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text as trained with; None where the data came as tokens."""
+        return self.encoder.template.text if self.encoder.needs_template else None
+
+
+def row_format(data: DataConfig) -> RowFormat:
+    """The columns' meaning, in the data side's own terms."""
+    return RowFormat(
+        format="messages" if data.multiturn.enable and data.format == "auto" else data.format,
+        prompt_key=data.prompt_key, response_key=data.response_key,
+        prompt_dict_keys=tuple(data.prompt_dict_keys or ()), response_dict_keys=tuple(data.response_dict_keys or ()),
+        messages_key=data.multiturn.messages_key, system_key=data.system_key, tools_key=data.tools_key,
+        enable_thinking_key=data.multiturn.enable_thinking_key, train_on_turns=data.train_on_turns,
+    )  # fmt: skip
+
+
+def generation_eos(model_path: Path) -> tuple[int, ...]:
+    """``eos_token_id`` of ``generation_config.json``, else of ``config.json``, as a tuple."""
+    for name in ("generation_config.json", "config.json"):
+        file = model_path / name
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        eos = content["eos_token_id"] if "eos_token_id" in content else None
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    return ()
+
+
+def make_encoder(
+    data: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]
+) -> RowEncoder:
+    """What turns the rows of ``sources`` into tokens and masks."""
+    custom = (data.custom_cls.path, data.custom_cls.name)
+    return RowEncoder(
+        sources, tokenizer, row_format(data), data.chat_template, data.chat_template_kwargs,
+        data.special_tokens_in_content, data.history, eos_token_ids,  # type: ignore[arg-type]
+        None if custom[0] is None or custom[1] is None else (custom[0], custom[1]),
+    )  # fmt: skip
+
+
+def prepare_data(config: Config) -> TrainingData:
+    """Find the model and the files, and tokenise what is not tokenised yet; the other local processes wait for it.
+
+    Raises:
+        UserError: a model, file, row or template that cannot be used; nothing large has been loaded by then.
+    """
+    d = config.data
+    leader = env_local_rank() == 0
+    sources = resolve_sources(d.train_files, d.dataset_info)
+    held_out = resolve_sources(d.val_files, d.dataset_info, split="validation") if d.val_files is not None else []
+    model_path = resolve_model_path(config.model.partial_pretrain, node_leader=leader)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+    eos = generation_eos(model_path)
+    encoder = make_encoder(d, sources, tokenizer, eos)
+    options = BuildOptions(d.max_length, d.truncation, d.on_bad_row, d.max_bad_share, d.num_workers)
+    cache = Path(d.cache_dir or DEFAULT_CACHE).expanduser()
+    show = env_rank() == 0
+    train = open_or_build(sources, encoder, options, cache, may_build=leader, progress=show)
+    check_size(train, config)
+    validation = None
+    if held_out:
+        val_encoder = make_encoder(d, held_out, tokenizer, eos)
+        validation = open_or_build(held_out, val_encoder, options, cache, may_build=leader, progress=show)
+        if not validation.trained.any():
+            raise DataError("data.val_files has no trained token, so there is no validation loss")
+    weights = tuple(source.weight for source in sources)
+    return TrainingData(
+        model_path, tokenizer, encoder, tuple(sources), train, validation,
+        weights if any(weight != 1.0 for weight in weights) else None, eos + _trained_stops(train, tokenizer, eos),
+    )  # fmt: skip
+
+
+def check_size(store: TokenStore, config: Config) -> None:
+    """Refuse data with fewer samples than one batch."""
+    limit = config.data.train_max_samples
+    samples = min(len(store), limit) if limit else len(store)
+    if samples < config.data.train_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size} is more than the {samples} samples of data.train_files"
+            f"{f' (data.train_max_samples={limit})' if limit else ''}: not one batch. Set data.train_batch_size to "
+            f"{samples} or less"
+        )
+
+
+def _trained_stops(store: TokenStore, tokenizer: PreTrainedTokenizerFast, known: tuple[int, ...]) -> tuple[int, ...]:
+    """Special tokens that end the trained spans of the first samples and that ``known`` lacks."""
+    special = set(tokenizer.all_special_ids)
+    found: Counter[int] = Counter()
+    for index in range(min(len(store), _STOP_SAMPLES)):
+        sample = store.sample(index)
+        last = int(sample.input_ids[np.flatnonzero(sample.loss_weights)[-1]]) if sample.loss_weights.any() else -1
+        found[last] += 1
+    missing = tuple(token for token, _ in found.most_common(1) if token in special and token not in known)
+    if missing:
+        log.info("%s ends the replies that are trained; it will end generation too", tokenizer.convert_ids_to_tokens(missing))
+    return missing
