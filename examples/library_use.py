@@ -1,6 +1,6 @@
 """Train from Python: one process, the same settings as on the command line, the final metrics as the result.
 
-    python examples/library_use.py demo/model demo/data/train.parquet /tmp/library_use trainer.total_training_steps=20
+python examples/library_use.py demo/model demo/data/train.parquet /tmp/library_use trainer.total_training_steps=20
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The whole way on two CPU cores: make data and a model, train on two processes, ask what it was never shown.
 
-    make demo        or        python examples/arithmetic/demo.py demo
+make demo        or        python examples/arithmetic/demo.py demo
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def answers(model_path: Path, questions: list[dict[str, Any]]) -> dict[str, tupl
 def table(rows: list[tuple[str, str, str]]) -> str:
     """Three columns of text, aligned, as a Markdown table."""
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    ruled = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in ruled
+    )
 
 
 def report(folder: Path, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], seconds: float) -> str:

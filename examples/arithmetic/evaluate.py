@@ -1,6 +1,6 @@
 """Ask a model the held-out questions and count the exactly right answers, with nothing but plain transformers.
 
-    python examples/arithmetic/evaluate.py demo/run --data demo/data/held_out.parquet
+python examples/arithmetic/evaluate.py demo/run --data demo/data/held_out.parquet
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def exact_match(
     for i, reply in zip(waiting, replies(model, tokenizer, [chats[i] for i in waiting]), strict=True):
         answers[i] = reply
     asked_by_kind = Counter(row["kind"] for row in rows)
-    right = Counter(row["kind"] for row, reply in zip(rows, answers, strict=True) if stated_answer(reply) == row["answer"])
+    is_right = [stated_answer(reply) == row["answer"] for row, reply in zip(rows, answers, strict=True)]
+    right = Counter(row["kind"] for row, good in zip(rows, is_right, strict=True) if good)
     return {kind: (right[kind], count) for kind, count in sorted(asked_by_kind.items())}
 
 

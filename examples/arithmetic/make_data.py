@@ -1,6 +1,6 @@
 """Write the demo's conversations: train.parquet and val.parquet to train on, held_out.parquet to be asked afterwards.
 
-    python examples/arithmetic/make_data.py demo/data --train 24000
+python examples/arithmetic/make_data.py demo/data --train 24000
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def draw(rng: random.Random, count: int, unseen: set[tuple[str, int, int]]) -> l
 
 def write(path: Path, chats: list[Chat]) -> None:
     """Write conversations as rows with the columns messages, tools, kind and answer (of the last turn)."""
-    rows = [
-        {"messages": c.messages, "tools": c.tools, "kind": c.kind, "answer": c.problems[-1].answer} for c in chats
-    ]
+    rows = [{"messages": c.messages, "tools": c.tools, "kind": c.kind, "answer": c.problems[-1].answer} for c in chats]
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 

@@ -1,6 +1,6 @@
 """Build the demo's model: a small Llama with random weights, and a tokenizer trained on the training conversations.
 
-    python examples/arithmetic/make_model.py demo/model --data demo/data/train.parquet
+python examples/arithmetic/make_model.py demo/model --data demo/data/train.parquet
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,9 +7,25 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = "Ava Ben Chloe David Emma Finn Grace Hugo Iris Jack Kira Leo Mia Noah Olga Paul Ruth Sam Tara Zoe".split()
-THINGS = "apples books coins marbles stamps stickers shells cards pencils beads".split()
-COLUMNS = ("Ones", "Tens", "Hundreds", "Thousands")
+NAMES = (
+    "Ava",
+    "Ben",
+    "Chloe",
+    "David",
+    "Emma",
+    "Finn",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kira",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Zoe",
+)
+THINGS = ("apples", "books", "coins", "marbles", "stamps", "stickers", "shells", "cards", "pencils", "beads")
+COLUMNS = ("Ones", "Tens", "Hundreds")
 QUESTIONS = {
     "+": (
         "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
@@ -65,21 +81,24 @@ class Problem:
         return (self.op, self.a, self.b) if self.op == "-" else (self.op, *sorted((self.a, self.b)))
 
 
-def number(rng: random.Random) -> int:
-    """A number of two digits, or more often of three."""
-    return rng.randint(10, 99) if rng.random() < 0.4 else rng.randint(100, 999)
-
-
 def first_problem(rng: random.Random) -> Problem:
-    """Draw a sum or a difference."""
-    a, b = number(rng), number(rng)
-    return Problem(a, "+", b) if rng.random() < 0.5 else Problem(max(a, b), "-", min(a, b))
+    """Draw a sum or a difference within 1000, all three of its numbers of three digits."""
+    total = rng.randint(200, 999)
+    part = rng.randint(100, total - 100)
+    return Problem(part, "+", total - part) if rng.random() < 0.5 else Problem(total, "-", part)
 
 
 def next_problem(rng: random.Random, start: int) -> Problem:
-    """Draw a problem that goes on from the answer of the one before."""
-    b = number(rng)
-    return Problem(start, "-", b) if start >= b and (start > 999 or rng.random() < 0.5) else Problem(start, "+", b)
+    """Draw a problem of that kind which goes on from the answer of the one before."""
+    room_above, room_below = start <= 899, start >= 200
+    if room_above and (not room_below or rng.random() < 0.5):
+        return Problem(start, "+", rng.randint(100, 999 - start))
+    return Problem(start, "-", rng.randint(100, start - 100))
+
+
+def product(rng: random.Random) -> Problem:
+    """Draw a product that is not for the head."""
+    return Problem(rng.randint(100, 999), "*", rng.randint(100, 999))
 
 
 def question(rng: random.Random, problem: Problem) -> str:
@@ -94,13 +113,17 @@ def solution(problem: Problem) -> str:
     if op == "*":
         return f"{a} * {b} = {problem.answer}. The answer is {problem.answer}."
     steps, carry = [], 0
-    for i in range(max(len(str(a)), len(str(b)))):
+    for i, column in enumerate(COLUMNS):
         x, y = a // 10**i % 10, b // 10**i % 10
         total = x + y + carry if op == "+" else x - y - carry
-        digit, borrowed = total % 10, "1" if total < 0 else ""
-        step = f"{COLUMNS[i]}: {borrowed}{x} {op} {y}{f' {op} 1' if carry else ''} = {total + 10 if borrowed else total}"
-        carry = int(not 0 <= total <= 9)
-        steps.append(step + f", write {digit}" + (f", {'carry' if op == '+' else 'borrow'} one." if carry else "."))
+        if op == "-" and total < 0:
+            x, total = x + 10, total + 10
+            passed_on = ", borrow one"
+        else:
+            passed_on = ", carry one" if total > 9 else ""
+        one_more = f" {op} 1" if carry else ""
+        steps.append(f"{column}: {x} {op} {y}{one_more} = {total}, write {total % 10}{passed_on}.")
+        carry = 1 if passed_on else 0
     return f"{a} {op} {b}. {' '.join(steps)} The answer is {problem.answer}."
 
 
@@ -134,7 +157,7 @@ def chat(rng: random.Random, kind: str) -> Chat:
     """Draw a conversation of one kind, complete with the assistant's turns."""
     system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.2 else []
     if kind == "tool":
-        problem = Problem(number(rng), "*", number(rng))
+        problem = product(rng)
         turns = [
             {"role": "user", "content": question(rng, problem)},
             {"role": "assistant", "content": "", "tool_calls": calls(problem)},
