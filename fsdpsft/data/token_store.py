@@ -50,7 +50,7 @@ class TokenStore:
         row_numbers: [n] int64, row of the source file a sample came from, from 0.
         source_names: the sources, in the order their samples are stored.
         source_counts: samples of each source.
-        files: (file, samples) in the order of storage; a file that was read in pieces is there once for each.
+        files: (file, samples) in the order of storage.
         fingerprint: the key the store was built for; empty for one in memory.
         stats: counts of what was truncated, dropped, skipped or found twice, by source and reason.
     """
@@ -137,7 +137,7 @@ class TokenStore:
             row_numbers=columns["row_numbers"],
             source_names=tuple(manifest["source_names"]),
             source_counts=tuple(manifest["source_counts"]),
-            files=tuple((entry["file"], entry["samples"]) for entry in manifest["files"]),
+            files=tuple((file, samples) for file, samples in manifest["files"]),
             fingerprint=manifest["fingerprint"],
             stats=json.loads((folder / STATS).read_text()),
         )
@@ -173,24 +173,37 @@ class TokenStore:
 
 def columns_of(samples: Sequence[tuple[NDArray[Any], NDArray[Any], int]]) -> dict[str, NDArray[Any]]:
     """Lay (token ids, loss weights, row number) triples out as arrays; run_counts stand for offsets."""
-    runs = [_runs_of(weights) for _, weights, _ in samples]
+    lengths = np.array([len(ids) for ids, _, _ in samples], COLUMNS["lengths"])
+    weights = np.concatenate([np.empty(0, np.float32), *(weights for _, weights, _ in samples)]).astype(np.float32)
+    owner = np.repeat(np.arange(len(samples)), lengths)
+    first = np.cumsum(lengths, dtype=np.int64) - lengths
+    runs, run_owner = _runs_of(weights, owner, first)
+    counts = weights > 0
+    counts[first[lengths > 0]] = False  # no position comes before a sample's first token that could predict it
+    owner = owner[counts]
     return {
         "tokens": np.concatenate([np.empty(0, np.uint32), *(ids for ids, _, _ in samples)]).astype(np.uint32),
-        "runs": np.concatenate([np.empty(0, RUN), *runs]),
-        "run_counts": np.array([len(r) for r in runs], np.int64),
-        "lengths": np.array([len(ids) for ids, _, _ in samples], COLUMNS["lengths"]),
-        "trained": np.array([np.count_nonzero(weights[1:]) for _, weights, _ in samples], COLUMNS["trained"]),
-        "weights": np.array([weights[1:].sum(dtype=np.float64) for _, weights, _ in samples], COLUMNS["weights"]),
+        "runs": runs,
+        "run_counts": np.bincount(run_owner, minlength=len(samples)),
+        "lengths": lengths,
+        "trained": np.bincount(owner, minlength=len(samples)).astype(COLUMNS["trained"]),
+        "weights": np.bincount(owner, weights[counts].astype(np.float64), len(samples)).astype(COLUMNS["weights"]),
         "row_numbers": np.array([row for _, _, row in samples], COLUMNS["row_numbers"]),
     }
 
 
-def _runs_of(weights: NDArray[Any]) -> NDArray[np.void]:
-    """Stretches of equal weight above 0, as a RUN array."""
-    bounds = np.concatenate([[0], np.flatnonzero(np.diff(weights)) + 1, [len(weights)]])
-    runs = np.empty(len(bounds) - 1, RUN)
-    runs["start"], runs["stop"], runs["weight"] = bounds[:-1], bounds[1:], weights[bounds[:-1]]
-    return runs[runs["weight"] > 0]
+def _runs_of(
+    weights: NDArray[np.float32], owner: NDArray[np.int64], first: NDArray[np.int64]
+) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """Stretches of equal weight above 0 within a sample, and the sample of each; places are counted in the sample."""
+    changes = (weights[1:] != weights[:-1]) | (owner[1:] != owner[:-1])
+    bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(weights)]])
+    trained = np.flatnonzero(weights[bounds[:-1]] > 0) if len(weights) else np.empty(0, np.int64)
+    starts, stops = bounds[:-1][trained], bounds[1:][trained]
+    runs = np.empty(len(trained), RUN)
+    runs["start"], runs["stop"] = starts - first[owner[starts]], stops - first[owner[starts]]
+    runs["weight"] = weights[starts]
+    return runs, owner[starts]
 
 
 def _map(folder: Path, name: str, dtype: str | np.dtype[Any]) -> NDArray[Any]:

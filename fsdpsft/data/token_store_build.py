@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fsdpsft.data.build_lock import exclusive, is_held, owner
+from fsdpsft.data.files import TARGET_BYTES
 from fsdpsft.data.sources import Source, fingerprint, shards
 from fsdpsft.data.token_store import COLUMNS, MANIFEST, OFFSETS, STATS, STORE_VERSION, TokenStore
 from fsdpsft.data.token_store_parts import (
@@ -53,6 +54,7 @@ _POLL_SECONDS = 0.2
 _BLOCK = 1 << 18
 _HASH_BUCKETS = 64
 _SETTLED_NS = 2_000_000_000
+_SHARDS, _SMALLEST_SHARD = 64, 128 << 10
 
 
 # ------------------------------------------------------------------------------------------------------ open or build
@@ -203,7 +205,8 @@ def build(
     scratch.mkdir(parents=True)
     try:
         token_dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
-        work = [(source, shard) for source in sources for shard in shards(source)]
+        target_bytes = _shard_bytes(sources)
+        work = [(source, shard) for source in sources for shard in shards(source, target_bytes)]
         job = Job(scratch, work, encoder, options, token_dtype)
         tallies = _run(job, progress)
         _string_together(scratch, tallies)
@@ -211,6 +214,12 @@ def build(
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shard_bytes(sources: Sequence[Source]) -> int:
+    """Small enough that every process gets many shards and none is left with a long last one."""
+    total = sum(Path(name).stat().st_size for source in sources for name in source.files)
+    return min(max(total // _SHARDS, _SMALLEST_SHARD), TARGET_BYTES)
 
 
 def _run(job: Job, progress: bool) -> list[Tally]:
@@ -371,12 +380,12 @@ def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence
     """Write statistics and manifest, and make all of it durable."""
     duplicates = _count_duplicates(scratch, np.cumsum([tally.samples for tally in tallies]))
     total, by_source = Tally(), {source.name: Tally() for source in sources}
-    files: list[dict[str, Any]] = []
+    files: dict[str, int] = {}
     for (source, shard), tally, repeated in zip(job.work, tallies, duplicates.tolist(), strict=True):
         tally.duplicates = repeated
         total.add(tally)
         by_source[source.name].add(tally)
-        files.append({"file": shard.file, "samples": tally.samples})
+        files[shard.file] = files.get(shard.file, 0) + tally.samples
     stats = total.as_dict() | {"sources": {name: tally.as_dict() for name, tally in by_source.items()}}
     (scratch / STATS).write_text(json.dumps(stats, indent=1))
     if total.samples == 0:
@@ -388,7 +397,7 @@ def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence
         "token_dtype": job.token_dtype,
         "source_names": list(by_source),
         "source_counts": [tally.samples for tally in by_source.values()],
-        "files": files,
+        "files": list(files.items()),
         "bytes": contents,
     }
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
