@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "merges*", "vocab*")
 """What is fetched from the Hub: never pickles, never code."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LISTED = 8  # names shown in an error before "and N more"
 
 
@@ -142,6 +143,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     Raises:
         ModelError: there is none, or it is a slow one, whose characters cannot be mapped to tokens.
     """
+    if not any((path / name).is_file() for name in _VOCABULARIES):  # transformers would make up an empty tokenizer
+        raise ModelError(f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType, inject_adapter_in_model
@@ -128,7 +128,8 @@ def _all_linear(causal_lm: PreTrainedModel) -> list[str]:
     peft's own "all-linear" goes beyond them in mixtures of experts (routers, stacked experts), depending on the family.
     """
     head = causal_lm.get_output_embeddings()
-    wanted, others = set(), set()
+    wanted: set[str] = set()
+    others: set[str] = set()
     for name, module in causal_lm.named_modules():
         (wanted if isinstance(module, (nn.Linear, Conv1D)) and module is not head else others).add(name)
     clashing = {_leaf(name) for name in others}
@@ -206,7 +207,7 @@ def _check_injected(causal_lm: PreTrainedModel, tied: bool) -> None:
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     """Dotted name of a module."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     return names[id(wanted)]
 
 
@@ -243,18 +244,21 @@ def fill_adapters(causal_lm: PreTrainedModel, *, seed: int, adapter_path: Path |
     for name, parameter in causal_lm.named_parameters():
         if not is_adapter(name):
             continue
-        local, offsets = local_block(parameter)
         if ".lora_B." in name:
-            local.zero_()
-            continue
-        if ".lora_A." in name:
-            whole = _initial_a(parameter.shape, f"{seed}:{peft_name(name)}")
+            local_block(parameter)[0].zero_()
+        elif ".lora_A." in name:
+            _copy_part(parameter, _initial_a(parameter.shape, f"{seed}:{peft_name(name)}"))
         else:
             layer = causal_lm.get_submodule(name.partition(".lora_magnitude_vector.")[0])
-            whole = full(_base_weight(layer)).float().norm(dim=_row_dim(layer))
-        for dim, offset in enumerate(offsets):
-            whole = whole.narrow(dim, offset, local.shape[dim])
-        local.copy_(whole)
+            _copy_part(parameter, full(_base_weight(layer)).float().norm(dim=_row_dim(layer)))
+
+
+def _copy_part(parameter: Tensor, whole: Tensor) -> None:
+    """Copy into a parameter of one or two dimensions the part of ``whole`` that this process keeps."""
+    local, offsets = local_block(parameter)
+    for dim, offset in enumerate(offsets):
+        whole = whole.narrow(dim, offset, local.shape[dim])
+    local.copy_(whole)
 
 
 def _initial_a(shape: torch.Size, key: str) -> Tensor:
@@ -343,10 +347,10 @@ def merged_state(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _merged_weight(layer: Any) -> Tensor:
     """W + s B A, and with DoRA each row brought to its learned length; float32."""
-    weight = full(_base_weight(layer)).float()
+    weight: Tensor = full(_base_weight(layer)).float()
     down, up = full(layer.lora_A[_ADAPTER].weight).float(), full(layer.lora_B[_ADAPTER].weight).float()
     update = layer.scaling[_ADAPTER] * (up @ down)
-    merged = weight + (update.T if _row_dim(layer) == 0 else update)
+    merged: Tensor = weight + (update.T if _row_dim(layer) == 0 else update)
     if layer.use_dora[_ADAPTER]:
         lengths = merged.norm(dim=_row_dim(layer), keepdim=True)
         magnitudes = full(layer.lora_magnitude_vector[_ADAPTER].weight).float()
@@ -354,10 +358,9 @@ def _merged_weight(layer: Any) -> Tensor:
     return merged
 
 
-def _base_weight(layer: LoraLayer) -> Tensor:
+def _base_weight(layer: Any) -> Tensor:
     """The frozen weight under a LoRA layer."""
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
+    return cast(Tensor, layer.get_base_layer().weight)
 
 
 def _row_dim(layer: Any) -> int:
