@@ -102,7 +102,7 @@ def build_model(
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
     activation_checkpoint.apply(
-        causal_lm, settings.enable_gradient_checkpointing, offload=settings.activation_offload, mlp_tiles=settings.mlp_tiles
+        blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload, mlp_tiles=settings.mlp_tiles
     )
     if settings.compile:
         for block in blocks:
