@@ -202,7 +202,7 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """Hash of all that decides ids and masks: tokenizer, template, options, the mask code's version."""
         provers = (self._prover, self._tool_prover)
-        dated = any("strftime_now" in prover.template.variables for prover in provers)
+        dated = any(prover.template.prints_date for prover in provers)
         parts = [
             MASK_VERSION, [prover.template.text for prover in provers], self.variables, self.special_tokens_in_content,
             self.history, self.eos_token_ids, self.now.date().isoformat() if dated else None, self.tokens.source,

@@ -125,7 +125,7 @@ def _against_inference(
         )
         for count in (index, index + 1)
     )  # fmt: skip
-    if "strftime_now" in prover.template.variables:  # the clock may have moved on since
+    if prover.template.prints_date:  # the clock may have moved on since
         prompt = prover.template.plain(plan.messages[:index], {**kwargs, "tools": conversation.tools}, True)
         turn = text
     expected = template.tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
@@ -114,6 +114,10 @@ class JinjaTemplate:
         text: the Jinja source.
         now: the moment ``strftime_now`` reports, the same in each render.
 
+    Attributes:
+        prints_date: the template calls ``strftime_now``.
+        has_blocks: it has ``{% generation %}`` blocks.
+
     Raises:
         ModelError: the source is not valid Jinja.
     """
@@ -126,16 +130,18 @@ class JinjaTemplate:
             tree = environment.parse(text)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
-        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        self.prints_date = "strftime_now" in text
         marking = _Marking()
         tree = marking.visit(tree)
         tree.set_lineno(1)
         tree.set_environment(environment)
-        frozen = {"strftime_now": now.strftime}
         self.has_blocks = marking.has_blocks
         self._captured = marking.captured
-        self._plain = environment.from_string(text, globals=dict(frozen))
-        self._marked = environment.from_string(tree, globals={**frozen, _BEGIN: self._begin, _END: self._end})
+        self._plain = environment.from_string(text)
+        self._marked = environment.from_string(tree)
+        # One flat dict each: Jinja would walk a chain of them in every render.
+        self._plain.globals = {**environment.globals, "strftime_now": now.strftime}
+        self._marked.globals = {**self._plain.globals, _BEGIN: self._begin, _END: self._end}
         self._messages: Sequence[Message] = ()
         self._index: dict[int, int] = {}
         self._open: set[int] = set()
@@ -157,9 +163,7 @@ class JinjaTemplate:
         raw = self._render(self._marked, messages, variables, False)
         rendered = _parse(raw)
         if self._caught and rendered.text != self.plain(messages, variables, False):
-            raise RowError(
-                "the chat template prints messages inside a macro or block and changes what it caught there"
-            )
+            raise RowError("the chat template prints messages inside a macro or block and changes what it caught there")
         return rendered
 
     @staticmethod

@@ -128,7 +128,7 @@ class TurnProver:
                 text = self.template.plain(shaped, variables, False)
             except DataError:  # rejected in this form; conversations that are too say so themselves
                 continue
-            if _PROBE not in text:
+            if _PROBE not in text or text[text.index(_PROBE) - 1] in "'\"":  # absent, or a list printed as it is
                 continue
             header = prompt[_shared(prompt, before) :]
             lead = text[_shared(prompt, text) : text.index(_PROBE)]
