@@ -499,7 +499,10 @@ _EFFECTIVE: dict[str, tuple[Callable[[Config], bool], str]] = {
     "model.use_dora": (_lora, "model.lora_rank above 0"),
     "data.val_max_samples": (_validates, "data.val_files"),
     "trainer.test_freq": (_validates, "data.val_files"),
-    "data.max_bad_share": (lambda c: c.data.on_bad_row == "skip", "data.on_bad_row=skip"),
+    "data.max_bad_share": (
+        lambda c: c.data.on_bad_row == "skip" or c.data.truncation in ("left", "right"),
+        "data.on_bad_row=skip, or data.truncation=left or right, which can leave a row without a trained token",
+    ),
     "trainer.keep_every": (lambda c: c.trainer.max_ckpt_to_keep is not None, "trainer.max_ckpt_to_keep"),
     "trainer.max_shard_size": (lambda c: "model" in c.trainer.save_contents, "trainer.save_contents with model"),
     "data.max_token_len_per_gpu": (lambda c: c.use_remove_padding, "use_remove_padding=true"),

@@ -83,6 +83,7 @@ def test_weight_one_half_takes_the_other_half_in_the_next_epoch():
         assert len(epoch) == 30
         assert sorted(i for i in epoch if i >= 40) == list(range(40, 50))
     assert sorted(i for i in first + second if i < 40) == list(range(40))
+    assert set(epoch_of(order, 2)) != set(first)  # the halves are drawn anew
 
 
 def test_weight_two_takes_every_sample_twice_and_weight_zero_none():
