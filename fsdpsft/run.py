@@ -102,6 +102,7 @@ def open_run(config: Config) -> Iterator[Run]:
     """Prepare the data, join the processes, build everything; close it all afterwards, whatever happened."""
     data = prepare_data(config)  # before any process group: nobody times out while tokens are made
     device = choose_device(config.trainer.device)
+    joined_before = torch.distributed.is_initialized()
     mesh = init_mesh(
         device, sp_size=config.ulysses_sequence_parallel_size,
         replicate_size=config.model.fsdp_config.replicate_size, timeout_s=config.trainer.timeout,
@@ -111,7 +112,8 @@ def open_run(config: Config) -> Iterator[Run]:
         with contextlib.closing(_build(config, data, mesh)) as run:
             yield run
     finally:
-        close_mesh()
+        if not joined_before:  # a caller's own process group stays the caller's
+            close_mesh()
 
 
 def _build(config: Config, data: TrainingData, mesh: Mesh) -> Run:

@@ -117,7 +117,8 @@ def _worker(rank: int, function: Callable[..., Any], world_size: int, port: int,
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
