@@ -51,7 +51,7 @@ class Recorder:
         throughput: counts tokens and time.
         describe: names a sample's file and row, for the error of a non-finite step.
         steps_per_epoch: to tell the epoch as a fraction.
-        log_freq: steps between written lines.
+        log_freq: steps between written lines; the first step has one too.
         tokens_seen: trained on before this run (on resume).
     """
 
@@ -62,6 +62,7 @@ class Recorder:
         self._trackers, self._throughput, self._describe = trackers, throughput, describe
         self._steps_per_epoch, self._log_freq = steps_per_epoch, log_freq
         self.tokens, self.trained_tokens = tokens_seen, trained_tokens_seen
+        self._finished: list[_Pending] = []  # the logging interval before this one
         self._pending: list[_Pending] = []
         self.last: dict[str, float] = {}
 
@@ -77,9 +78,10 @@ class Recorder:
             "train/tokens": float(self.tokens),
             "train/trained_tokens": float(self.trained_tokens),
         }
-        if count % self._log_freq == 0:
-            self._read()
         self._pending.append(_Pending(count, values, stats, step.rows))
+        if self._is_logged(count):
+            finished, self._finished, self._pending = self._finished, self._pending, []
+            self._read(finished)
 
     def flush(self) -> None:
         """Read and write all that is pending; waits for the device. Call it before validation, a save, and the end.
@@ -87,7 +89,8 @@ class Recorder:
         Raises:
             NonFiniteError: a step's loss or gradient norm is not finite; names the step and its rows.
         """
-        self._read()
+        pending, self._finished, self._pending = self._finished + self._pending, [], []
+        self._read(pending)
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Write metrics that are floats already (validation)."""
@@ -99,8 +102,10 @@ class Recorder:
         """Close every tracker; what is still pending is lost."""
         self._trackers.close()
 
-    def _read(self) -> None:
-        pending, self._pending = self._pending, []
+    def _is_logged(self, step: int) -> bool:
+        return step == 1 or step % self._log_freq == 0
+
+    def _read(self, pending: list[_Pending]) -> None:
         for position, item in enumerate(pending):
             loss, grad_norm = float(item.stats.loss), float(item.stats.grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -109,7 +114,7 @@ class Recorder:
             if position == len(pending) - 1:
                 values |= self._throughput.read()
             self.last |= values
-            if item.step % self._log_freq == 0 or position == len(pending) - 1:
+            if self._is_logged(item.step) or position == len(pending) - 1:
                 self._trackers.log(values, item.step)
 
     def _not_finite(self, item: _Pending, loss: float, grad_norm: float) -> NonFiniteError:
