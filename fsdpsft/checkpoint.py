@@ -36,8 +36,8 @@ from fsdpsft.hf_export import (
     Handoff,
     Probe,
     compare_logits,
-    copy_hub_files,
-    declared_ties,
+    dtype_name,
+    is_tied,
     named_tensors,
     plan_export,
     prove_model,
@@ -299,7 +299,8 @@ class CheckpointManager:
     ) -> _Job:
         """Say what is to be written, and copy it to the host if it is to be written later."""
         parameters = named_tensors(model) if adapter is None else _trained_tensors(model)
-        job = _Job(replace(state), None, rng=capture_rng())
+        job = _Job(replace(state), None, rng=capture_rng(), vocab_size=_vocab_size(model))
+        job.tied = is_tied(model)
         held = {name: self._piece(name, tensor, copy) for name, tensor in parameters.items()}
         if "state" in contents:
             assert optimizer is not None, "a resumable state needs the optimiser"
@@ -314,8 +315,6 @@ class CheckpointManager:
             if adapter is not None:
                 job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
             job.weight_files = plan_export(model, job.weights, self._handoff)
-            job.tied = any(dropped not in job.weights for dropped in declared_ties(model))
-            job.vocab_size = _vocab_size(model)
         self._staging.finish()
         return job
 
@@ -350,7 +349,7 @@ class CheckpointManager:
         for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
             if files:
                 exchange = Exchange(pieces, self._group)
-                self._attempt(records, problems, partial(write_tensor_files, folder, files, pieces, exchange))
+                self._attempt(records, problems, partial(write_tensor_files, folder, files, exchange))
         gathered = all_gather((records, problems, job.rng), self._group)
         if failures := [problem for _, found, _ in gathered for problem in found]:
             self._agree(lambda _: self.folder.abandon(job.state.step), job)
@@ -410,23 +409,21 @@ class CheckpointManager:
         self.folder.retire(self._keep, self._keep_every, best)
 
     def _write_state(self, job: _Job, folder: Path, rng: list[Any]) -> dict[str, FileRecord]:
-        tensors = {name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in job.training.items()}
+        tensors = {name: [dtype_name(p.dtype), list(p.shape)] for name, p in job.training.items()}
         content = {
             "format_version": 1,
             "complete": job.adapter_config is None,
             "state": job.state.as_dict(),
             "source": str(self._handoff.source),
             "adapter_config": job.adapter_config,
-            "handoff": {
-                "chat_template": self._handoff.chat_template,
-                "eos_token_ids": list(self._handoff.eos_token_ids),
-            },
+            "dtypes": self._handoff.stored_dtypes().as_json(),
             "tied": job.tied,
             "tensors": tensors,
             "rng": rng,
         }
-        copied = copy_hub_files(self._handoff.source, folder / HUB_FOLDER)
-        records = {f"{HUB_FOLDER}/{name}": record for name, record in copied.items()}
+        # The state must be exportable on its own: after the model beside it, and the source model, are gone.
+        small = write_hub_files(folder / HUB_FOLDER, (), self._handoff, job.vocab_size)
+        records = {f"{HUB_FOLDER}/{name}": record for name, record in small.items()}
         records[STATE_FILE] = write_json(folder / STATE_FILE, content)
         return records
 

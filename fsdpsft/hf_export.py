@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.core_model_loading import revert_weight_conversion
 
 from fsdpsft.errors import CheckpointError, ModelError
-from fsdpsft.model.parameters import without_wrappers
+from fsdpsft.model.parameters import hf_name, without_wrappers
 from fsdpsft.model.tensor_files import open_model_files
 from fsdpsft.storage.files import FileRecord, copy_file, record_of, write_bytes, write_json
 from fsdpsft.storage.pieces import Piece
@@ -40,6 +39,37 @@ _NOT_CARRIED = re.compile(r"manifest\.json|.*\.index\.json|adapter_config\.json|
 
 
 @dataclass(frozen=True)
+class StoredDtypes:
+    """Dtypes of a model's files: the usual floating-point one, and those of the tensors that have another."""
+
+    usual: torch.dtype
+    others: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, folder: Path) -> StoredDtypes:
+        """Read them from the headers of a model folder's files."""
+        with_dtypes = {name: entry.dtype for name, entry in open_model_files(folder).items()}
+        floating = Counter(dtype for dtype in with_dtypes.values() if dtype.is_floating_point)
+        usual = floating.most_common(1)[0][0] if floating else torch.float32
+        return cls(usual, {name: dtype for name, dtype in with_dtypes.items() if dtype != usual})
+
+    def as_json(self) -> dict[str, Any]:
+        """As kept in ``state.json``."""
+        return {"usual": dtype_name(self.usual), "others": {n: dtype_name(d) for n, d in self.others.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StoredDtypes:
+        """What ``as_json`` made."""
+        others = {name: getattr(torch, dtype) for name, dtype in content["others"].items()}
+        return cls(getattr(torch, content["usual"]), others)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
 class Handoff:
     """What is handed on, beside the weights.
 
@@ -51,6 +81,7 @@ class Handoff:
         eos_token_ids: tokens that end a turn; generation_config.json will name them all.
         tokenizer: given only if training changed it (new tokens); saved in place of the source's files.
         fingerprints: put into the manifest (template, data, ...).
+        stored: dtypes of the source's files, where the files are no longer at hand.
     """
 
     source: Path
@@ -60,6 +91,11 @@ class Handoff:
     eos_token_ids: tuple[int, ...] = ()
     tokenizer: PreTrainedTokenizerFast | None = None
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    stored: StoredDtypes | None = None
+
+    def stored_dtypes(self) -> StoredDtypes:
+        """Dtypes in the source's files; read there unless they were given."""
+        return self.stored or StoredDtypes.of(self.source)
 
 
 @dataclass(frozen=True)
@@ -108,6 +144,14 @@ def declared_ties(model: nn.Module) -> dict[str, str]:
     """Dropped name -> kept name, as transformers expands ``_tied_weights_keys`` (empty where the config unties)."""
     ties: Any = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
     return dict(ties)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether two names of the model, with or without adapters in it, are one tensor in fact."""
+    state = model.state_dict(keep_vars=True)
+    tensors = {hf_name(name): value for name, value in state.items() if ".original_module." not in name}
+    ties = declared_ties(model).items()
+    return any(dropped in tensors and kept in tensors and tensors[dropped] is tensors[kept] for dropped, kept in ties)
 
 
 def plan_export(model: nn.Module, pieces: Mapping[str, Piece], handoff: Handoff) -> list[PlannedFile]:
@@ -176,16 +220,8 @@ def _dtype_chooser(handoff: Handoff) -> Any:
     if handoff.dtype is not None:
         chosen = handoff.dtype
         return lambda name, held: chosen if held.is_floating_point else held
-    with_dtypes = {name: entry.dtype for name, entry in open_model_files(handoff.source).items()}
-    floating = Counter(dtype for dtype in with_dtypes.values() if dtype.is_floating_point)
-    usual = floating.most_common(1)[0][0] if floating else torch.float32
-
-    def choose(name: str, held: torch.dtype) -> torch.dtype:
-        if not held.is_floating_point:
-            return held
-        return with_dtypes.get(name, usual)
-
-    return choose
+    stored = handoff.stored_dtypes()
+    return lambda name, held: stored.others.get(name, stored.usual) if held.is_floating_point else held
 
 
 def write_hub_files(
@@ -194,8 +230,8 @@ def write_hub_files(
     """Write all but the weights: config, generation config, tokenizer, chat template, index.
 
     Args:
-        folder: the model's folder, already there.
-        files: the weight files, for the index and the dtype.
+        folder: the model's folder.
+        files: the weight files, for the index and the dtype; none where the folder is to hold no weights.
         handoff: see ``Handoff``.
         vocab_size: rows of the embedding now; None leaves the config's number.
 
@@ -203,6 +239,7 @@ def write_hub_files(
         Each file written.
     """
     records = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for path in carried_files(handoff.source):
         name = path.relative_to(handoff.source).as_posix()
         records[name] = copy_file(path, folder / name)
@@ -240,12 +277,14 @@ def _patch_config(folder: Path, files: Sequence[PlannedFile], vocab_size: int | 
     """Bring config.json in line with the weights (dtype, vocabulary); untouched bytes where it already is."""
     path = folder / "config.json"
     config = _read_json(path)
-    counted = Counter({spec.dtype: 0 for file in files for spec in file.specs})
+    counted: Counter[torch.dtype] = Counter()
     for file in files:
         for spec in file.specs:
             counted[spec.dtype] += spec.nbytes
-    dtype = str(counted.most_common(1)[0][0]).removeprefix("torch.")
-    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    changes: dict[str, Any] = {}
+    if counted:
+        dtype = dtype_name(counted.most_common(1)[0][0])
+        changes = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
     if vocab_size is not None and "vocab_size" in config:
         changes["vocab_size"] = vocab_size
     if all(config[key] == value for key, value in changes.items()):
@@ -297,11 +336,17 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *, tied: bool) -> dict[str, Any]:
+def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *, tied: bool | None) -> dict[str, Any]:
     """Open an exported model as its consumers will, and compare it with what was meant.
 
     The bytes of the weights have been compared when they were written; here it is the parts together: index and key
     set, dtype in the config, ties, tokenizer, chat template, stop tokens. No remote code is run.
+
+    Args:
+        folder: the model's folder.
+        files: the weight files as planned.
+        handoff: see ``Handoff``.
+        tied: whether the weights hold one tensor for embedding and head; None where nobody knows.
 
     Returns:
         The verdict for the manifest.
@@ -317,7 +362,7 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
         if (found[name].dtype, found[name].shape) != (spec.dtype, spec.shape):
             raise CheckpointError(f"{folder}: {name} is {found[name].dtype} {found[name].shape}, expected {spec}.")
     remote = "auto_map" in _read_json(folder / "config.json")
-    if not remote:
+    if not remote and tied is not None:
         _prove_config(folder, tied)
     template = _prove_tokenizer(folder, handoff, remote)
     named = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
@@ -328,7 +373,7 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
         )
     return {
         "tensors": len(expected),
-        "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in expected.values())),
+        "dtypes": dict(Counter(dtype_name(spec.dtype) for spec in expected.values())),
         "tied_embeddings": tied,
         "eos_token_id": stops,
         "chat_template": template,
@@ -383,10 +428,3 @@ def compare_logits(folder: Path, probe: Probe) -> dict[str, Any]:
             f"(allowed {probe.tolerance:.2%}; same most likely token at {agreement:.1%} of positions)."
         )
     return {"relative_error": error, "tolerance": probe.tolerance, "same_argmax": agreement}
-
-
-def copy_hub_files(source: Path, target: Path) -> dict[str, FileRecord]:
-    """Copy a model folder's small files (for a state that must be exportable on its own)."""
-    shutil.rmtree(target, ignore_errors=True)
-    names = [path.relative_to(source).as_posix() for path in carried_files(source)]
-    return {name: copy_file(source / name, target / name) for name in names}

@@ -74,11 +74,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, *, deep: bool = True, part: int = 0, parts: int = 1) -> Manifest:
+def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, parts: int = 1) -> Manifest:
     """Check a checkpoint against its manifest.
 
     Args:
         folder: a ``global_step_N`` folder.
+        below: look only at files whose path begins so (``trainer_state/``).
         deep: also read and hash every file; else only existence and length are looked at.
         part: of ``parts``, which files to hash, so that the ranks can share the reading (by size, largest first).
 
@@ -86,7 +87,8 @@ def verify(folder: Path, *, deep: bool = True, part: int = 0, parts: int = 1) ->
         CheckpointError: names the first file that is missing, short, long or changed.
     """
     manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
+    files = {name: record for name, record in manifest.files.items() if name.startswith(below)}
+    for name, record in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing, though {MANIFEST} names it; use another checkpoint.")
@@ -96,7 +98,7 @@ def verify(folder: Path, *, deep: bool = True, part: int = 0, parts: int = 1) ->
                 f"overwritten. Use another checkpoint."
             )
     if deep:
-        by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
+        by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
         for name, record in by_size[part::parts]:
             if record_of(folder / name) != record:
                 raise CheckpointError(

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fsdpsft.errors import CheckpointError
 from fsdpsft.storage.files import FileRecord
-from fsdpsft.storage.pieces import Exchange, Piece, Request
+from fsdpsft.storage.pieces import Piece, Request
 from fsdpsft.storage.tensor_writer import TensorFileWriter, TensorSpec, prove_tensor_file
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -151,9 +152,18 @@ def _outputs(unit: Unit, sources: dict[str, Tensor]) -> dict[str, Tensor]:
     return {spec.name: made[spec.name].to(spec.dtype) for spec in unit.outputs}
 
 
-def write_tensor_files(
-    folder: Path, files: Sequence[PlannedFile], pieces: Mapping[str, Piece], exchange: Exchange
-) -> dict[str, FileRecord]:
+class TensorSource(Protocol):
+    """Where whole tensors come from: ``pieces.Exchange`` in training, files in a conversion."""
+
+    rank: int
+    size: int
+
+    def collect(self, wanted: Sequence[Request | None]) -> Tensor | None:
+        """Return what ``wanted`` names for this rank; called with the same list on every rank."""
+        ...
+
+
+def write_tensor_files(folder: Path, files: Sequence[PlannedFile], source: TensorSource) -> dict[str, FileRecord]:
     """Write the files of a plan and prove each by re-reading it. Collective: every rank calls it with the same plan.
 
     A rank holds one unit at a time beside its own pieces; with r ranks, file i of n is written by rank i * r // n.
@@ -164,14 +174,14 @@ def write_tensor_files(
     Raises:
         CheckpointError, OSError: this rank could not write or prove a file. It has served its peers to the end.
     """
-    owners = [index * exchange.size // len(files) for index in range(len(files))]
-    queues: list[list[tuple[PlannedFile, Unit, str]]] = [[] for _ in range(exchange.size)]
+    owners = [index * source.size // len(files) for index in range(len(files))]
+    queues: list[list[tuple[PlannedFile, Unit, str]]] = [[] for _ in range(source.size)]
     for file, owner in zip(files, owners, strict=True):
         queues[owner] += [(file, unit, name) for unit in file.units for name in unit.sources]
     sink = _FileSink(folder)
     for turn in zip_longest(*queues):
-        tensor = exchange.collect([None if task is None else Request(task[2], task[1].dtype) for task in turn])
-        mine = turn[exchange.rank]
+        tensor = source.collect([None if task is None else Request(task[2], task[1].dtype) for task in turn])
+        mine = turn[source.rank]
         if mine is not None and tensor is not None:
             file, unit, name = mine
             sink.take(file, unit, name, tensor)
