@@ -189,6 +189,7 @@ class ChatTemplate:
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
+        self._firsts = sorted({text[0] for text in self.tokens.special})
         self._hidden = re.compile(f"{self.tokens.special_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
@@ -249,7 +250,7 @@ class ChatTemplate:
         """Render a conversation and prove its trained spans."""
         if not conversation.messages:
             raise RowError("the conversation has no messages", "no messages")
-        hiding = Hiding(self._hidden)
+        hiding = Hiding(self._hidden, self._firsts)
         prover = self.prover(conversation)
         plain = [_prepared(message) for message in conversation.messages]
         if prover.wants_parts:

@@ -11,7 +11,7 @@ Sandbox, filters, extensions and globals are those of transformers: its own envi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -237,14 +237,16 @@ class Hiding:
 
     Args:
         pattern: matches what to hide.
+        firsts: the characters that ASCII matches begin with.
 
     Attributes:
         originals: placeholder -> text it stands for.
         count: how many occurrences were replaced.
     """
 
-    def __init__(self, pattern: re.Pattern[str]) -> None:
+    def __init__(self, pattern: re.Pattern[str], firsts: Collection[str]) -> None:
         """Hide nothing yet; see the class."""
+        self._firsts = firsts
         self._pattern = pattern
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
@@ -264,7 +266,9 @@ class Hiding:
     def hide(self, value: Any) -> Any:
         """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
         if isinstance(value, str):
-            return self._pattern.sub(self._replace, value) if self._pattern.search(value) else value
+            if value.isascii() and not any(first in value for first in self._firsts):
+                return value  # what nearly all strings are, found without a regular expression
+            return self._pattern.sub(self._replace, value)
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

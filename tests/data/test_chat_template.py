@@ -231,7 +231,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "messages", "reason"),
         [
-            ("{% for m in messages %}{{ m.content }}{% endfor %}", [QUESTION, ANSWER], "does not end with a stop token"),
+            ("{% for m in messages %}{{ m.content }}{% endfor %}", [QUESTION, ANSWER], "not end with a stop token"),
             (golden.GEMMA, [message("system", "x"), QUESTION, ANSWER], "no system role"),
             (golden.CHATML.replace("{{ m.content }}", "{{ m.content[:3] }}"), [QUESTION, ANSWER], "does not print"),
             (golden.CHATML, [QUESTION, message("assistant", "", tool_calls=CALL)], "does not print 'add'"),
@@ -239,9 +239,9 @@ class TestRefusals:
             (golden.LLAMA3.replace("assistant<", "helper<"), [QUESTION, ANSWER], "generation prompt ends in 'helper"),
             (golden.QWEN3.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"),
              [QUESTION, ANSWER, SECOND, LAST], "message 1 .*without the generation prompt.*per_turn"),
-            (golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if m.role == 'assistant' and not loop.last else '<|im_end|>' }}"),
+            (golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.index0 % 2 and not loop.last else '<|im_end|>' }}"),
              [QUESTION, ANSWER, SECOND, LAST], "message 1 .*no longer prints the reply that ends with"),
-            (golden.CHATML.replace("{{ m.content }}", "{{ m.content }}<|im_end|>"), [QUESTION, ANSWER], "occurs within the turn"),
+            (golden.CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), [QUESTION, ANSWER], "occurs within the turn"),
         ],
     )  # fmt: skip
     def test_with_the_reason(self, text: str, messages: list, reason: str) -> None:
@@ -258,7 +258,7 @@ class TestRefusals:
         """Prompts after a question but not after a tool's result, yet prints the header there."""
         text = golden.CHATML.replace("add_generation_prompt", "add_generation_prompt and messages[-1].role == 'user'")
         template = ChatTemplate(tokenizer_for(text))
-        with pytest.raises(DataError, match="message 3 .*role header"):
+        with pytest.raises(DataError, match=r"message 3 .*role header"):
             template.encode(conversation(QUESTION, ANSWER, message("tool", "14"), LAST))
 
     def test_invalid_unicode_spoils_only_its_own_row(self) -> None:
@@ -281,7 +281,7 @@ class TestRefusals:
     def test_options(self) -> None:
         tokenizer = tokenizer_for(golden.CHATML)
         for options in ({"history": "x"}, {"special_tokens_in_content": "x"}, {"template": "no-such-file.jinja"}):
-            with pytest.raises(ConfigError, match="x|no-such-file"):
+            with pytest.raises(ConfigError, match=r"x|no-such-file"):
                 ChatTemplate(tokenizer, **options)
 
 
@@ -323,7 +323,7 @@ def test_prompt_and_reply_that_a_tokenizer_would_join() -> None:
     assert sample.input_ids[: len(prompt)].tolist() == prompt
     assert int(sample.loss_weights.argmax()) == len(prompt)
     assert not [finding for finding in template.check(case) if finding.is_error]
-    with pytest.raises(DataError, match="message 1 .*joins the end of its generation prompt"):
+    with pytest.raises(DataError, match=r"message 1 .*joins the end of its generation prompt"):
         template.encode(conversation(QUESTION, message("assistant", "\nIt is 4."), SECOND, LAST))
 
 
