@@ -448,6 +448,8 @@ def _impossible(c: Config) -> list[tuple[bool, str]]:
         (c.ulysses_sequence_parallel_size > 1 and not c.use_remove_padding,
          f"ulysses_sequence_parallel_size={c.ulysses_sequence_parallel_size} needs use_remove_padding=true"),
         (len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas), f"optim.betas={o.betas} must be two numbers in [0, 1)"),
+        (o.state_dtype == "bfloat16" and o.betas[-1] > 0.99,
+         f"optim.state_dtype=bfloat16 cannot resolve optim.betas={o.betas}: its updates round away above 0.99"),
         (o.lr_scheduler == "wsd" and o.warmup_steps is None and o.warmup_steps_ratio + o.decay_ratio > 1,
          f"optim.warmup_steps_ratio={o.warmup_steps_ratio} and optim.decay_ratio={o.decay_ratio} add up to more than 1"),
         (m.activation_offload and m.enable_gradient_checkpointing == "none",

@@ -6,6 +6,7 @@ AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,70 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
+class MixedAdamW(torch.optim.Optimizer):
+    """AdamW whose moments are kept in another dtype than the weights; all arithmetic is in float32.
+
+    bfloat16 moments halve the optimiser's memory. Their 8 significant bits still resolve the second moment's decay at
+    beta2 = 0.95; at 0.999 an update would round away, which ``config.py`` refuses.
+
+    Args:
+        groups: as from ``parameter_groups``.
+        state_dtype: of both moments.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float, state_dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._state_dtype = state_dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    # On the host, so that reading it waits for no device.
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=self._state_dtype)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._state_dtype)
+                state["step"] += 1
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                _adamw_update(*map(_local, tensors), group, int(state["step"]))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _adamw_update(
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, group: dict[str, Any], step: int
+) -> None:
+    """One elementwise AdamW update, in place, in float32 whatever the tensors' own dtypes."""
+    beta1, beta2 = group["betas"]
+    gradient = gradient.float()
+    mean = first.float().lerp_(gradient, 1 - beta1)
+    square = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    first.copy_(mean)
+    second.copy_(square)
+    scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    updated = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.copy_(updated.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step)))
+
+
 def build_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, fused into one kernel a group."""
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    state_dtype: torch.dtype = torch.float32,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW over the trainable parameters: torch's fused kernel, or ``MixedAdamW`` where moments differ in dtype."""
     groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if all(p.dtype == state_dtype for p in model.parameters() if p.requires_grad):
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return MixedAdamW(groups, lr=lr, betas=betas, eps=eps, state_dtype=state_dtype)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -23,7 +23,7 @@ from fsdpsft.hf_export import Handoff
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
-from fsdpsft.model.sft_model import count_parameters, flop_count
+from fsdpsft.model.sft_model import count_parameters, flop_count, resolve_dtype
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
@@ -121,8 +121,9 @@ def _build(config: Config, data: TrainingData, mesh: Mesh) -> Run:
     loader = make_loader(config, data.train, data, mesh)
     model = build_model(data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed)
     optimizer = build_optimizer(
-        model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay
-    )
+        model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
+        state_dtype=resolve_dtype(o.state_dtype, mesh.device),
+    )  # fmt: skip
     checkpoints = CheckpointManager(
         Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
         publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]

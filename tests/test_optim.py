@@ -1,0 +1,76 @@
+"""AdamW in all its dtypes against the plain formula, and clipping against hand-made norms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fsdpsft.optim import MixedAdamW, build_optimizer, clip_grad_norm, parameter_groups, set_lr
+from tests.parity.reference import SlowAdamW
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).to(dtype)
+
+
+def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
+
+
+def test_no_decay_on_norms_and_biases() -> None:
+    groups = parameter_groups(small_model(), 0.1)
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 2), (0.0, 4)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float64, torch.float32, 1e-6),
+        # bfloat16 keeps 8 bits: 2^-9 relative a rounding of the moments, and of the weights where they are bfloat16.
+        (torch.float32, torch.bfloat16, 6e-3),
+        (torch.bfloat16, torch.float32, 6e-3),
+        (torch.bfloat16, torch.bfloat16, 1e-2),
+    ],
+)
+def test_equals_the_formula(dtype: torch.dtype, state_dtype: torch.dtype, tolerance: float) -> None:
+    model, slow_model = small_model(dtype), small_model(torch.float64)
+    optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, state_dtype=state_dtype)
+    assert isinstance(optimizer, MixedAdamW) == (dtype != state_dtype)
+    slow = SlowAdamW([p for p in slow_model.parameters()], (0.9, 0.95), 1e-8, 0.1)
+    for step in range(5):
+        set_lr(optimizer, 1e-2 / (step + 1))
+        for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
+            parameter.grad = gradient.to(dtype)
+        optimizer.step()
+        slow.step(gradients(model, step), 1e-2 / (step + 1))
+    for parameter, expected in zip(model.parameters(), slow_model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.double(), expected, rtol=tolerance, atol=tolerance)
+    state = optimizer.state[next(model.parameters())]
+    assert state["exp_avg"].dtype == state_dtype and state["exp_avg_sq"].dtype == state_dtype
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert clip_grad_norm([first, second], 1.0).item() == pytest.approx(5.0)
+    assert first.grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-5) and second.grad.item() == pytest.approx(0.8, rel=1e-5)
+
+
+def test_no_clipping_below_the_bound_or_without_one() -> None:
+    for bound in (10.0, None):
+        parameter = nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([3.0, 4.0])
+        assert clip_grad_norm([parameter], bound).item() == pytest.approx(5.0)
+        assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+def test_non_finite_gradients_show_in_the_norm() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([math.nan, 1.0])
+    assert not math.isfinite(clip_grad_norm([parameter], 1.0).item())
