@@ -36,7 +36,6 @@ from fsdpsft.hf_export import (
     Handoff,
     Probe,
     compare_logits,
-    dtype_name,
     is_tied,
     named_tensors,
     plan_export,
@@ -50,7 +49,7 @@ from fsdpsft.storage.manifest import Manifest, verify, write_manifest
 from fsdpsft.storage.pieces import Exchange, Piece, Staging, all_gather, piece_of, rows_of
 from fsdpsft.storage.run_folder import RunFolder
 from fsdpsft.storage.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
-from fsdpsft.storage.tensor_writer import TensorSpec
+from fsdpsft.storage.tensor_writer import TensorSpec, dtype_name
 from fsdpsft.training_state import (
     MODEL,
     OPTIMIZER,

@@ -29,7 +29,7 @@ from fsdpsft.storage.files import FileRecord, copy_file, record_of, write_bytes,
 from fsdpsft.storage.pieces import Piece
 from fsdpsft.storage.run_folder import INDEX_FILE
 from fsdpsft.storage.tensor_plan import PlannedFile, Unit, build_index, split_into_files
-from fsdpsft.storage.tensor_writer import TensorSpec
+from fsdpsft.storage.tensor_writer import TensorSpec, dtype_name, dtype_named
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,8 @@ class StoredDtypes:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> StoredDtypes:
         """What ``as_json`` made."""
-        others = {name: getattr(torch, dtype) for name, dtype in content["others"].items()}
-        return cls(getattr(torch, content["usual"]), others)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
+        others = {name: dtype_named(dtype) for name, dtype in content["others"].items()}
+        return cls(dtype_named(content["usual"]), others)
 
 
 @dataclass(frozen=True)

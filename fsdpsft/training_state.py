@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fsdpsft.errors import CheckpointError
+from fsdpsft.storage.tensor_writer import dtype_named
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 Saved = tuple[torch.dtype, tuple[int, ...]]
@@ -78,7 +79,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def saved_tensors(content: Mapping[str, Any]) -> dict[str, Saved]:
     """Name -> (dtype, shape) of every tensor in a state."""
-    return {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+    return {name: (dtype_named(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
 
 
 def compare_tensors(path: Path, saved: Mapping[str, Saved], target: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,23 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """``torch.bfloat16`` for ``bfloat16``.
+
+    Raises:
+        CheckpointError: a name that is no dtype a file can hold.
+    """
+    for dtype in DTYPE_NAMES:
+        if dtype_name(dtype) == name:
+            return dtype
+    raise CheckpointError(f"{name!r} is not the name of a dtype; the checkpoint's state.json is damaged.")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor as it stands in a file."""
