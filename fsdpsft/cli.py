@@ -23,7 +23,7 @@ Keys, with their defaults (conf/train.yaml):
 """
 
 
-def run_command(command: Callable[[Config], None], arguments: Sequence[str], module: str = "fsdpsft.train") -> int:
+def run_command(command: Callable[[Config], object], arguments: Sequence[str], module: str = "fsdpsft.train") -> int:
     """Read the settings from ``arguments`` and run ``command`` on them.
 
     Returns:

@@ -28,6 +28,7 @@ from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
+from fsdpsft.signals import StopSignal
 from fsdpsft.training_state import TrainState, check_config, read_state
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Run:
     checkpoints: CheckpointManager
     schedule: LRSchedule
     recorder: Recorder
+    requests: StopSignal
     start_step: int
     total_steps: int
 
@@ -109,14 +111,15 @@ def open_run(config: Config) -> Iterator[Run]:
     )  # fmt: skip
     try:
         torch.manual_seed(config.trainer.seed)
-        with contextlib.closing(_build(config, data, mesh)) as run:
+        save_on_file = Path(config.trainer.save_on_file) if config.trainer.save_on_file else None
+        with StopSignal(save_on_file) as requests, contextlib.closing(_build(config, data, mesh, requests)) as run:
             yield run
     finally:
         if not joined_before:  # a caller's own process group stays the caller's
             close_mesh()
 
 
-def _build(config: Config, data: TrainingData, mesh: Mesh) -> Run:
+def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal) -> Run:
     o, t = config.optim, config.trainer
     loader = make_loader(config, data.train, data, mesh)
     model = build_model(data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed)
@@ -144,8 +147,9 @@ def _build(config: Config, data: TrainingData, mesh: Mesh) -> Run:
     if data.validation is not None:
         validation = make_loader(config, data.validation, data, mesh, evaluation=True)
     return Run(
-        config, data, mesh, model, optimizer, loader, validation, checkpoints, schedule, recorder, state.step, total_steps
-    )
+        config, data, mesh, model, optimizer, loader, validation, checkpoints, schedule, recorder, requests,
+        state.step, total_steps,
+    )  # fmt: skip
 
 
 def make_loader(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 import signal
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -32,6 +33,15 @@ class Request(enum.IntEnum):
     STOP = 2
 
 
+class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was asked
+    """A run ended by request, after saving."""
+
+    def __init__(self, step: int) -> None:
+        """Remember after which ``step`` the run stopped."""
+        super().__init__(f"stopped by request after step {step}; it is saved, and goes on from there when started again")
+        self.step = step
+
+
 class StopSignal:
     """A context in which signals are requests. Every rank enters it and calls ``poll`` once per step."""
 
@@ -51,7 +61,9 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        """Take over the signals (possible on the main thread only)."""
+        """Take over the signals; on another thread than the main one that is not possible, and they stay as they are."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType
 
@@ -18,7 +19,9 @@ from fsdpsft.optim import clip_grad_norm, set_lr
 from fsdpsft.parallelize import ParallelModel
 from fsdpsft.recorder import StepStats
 from fsdpsft.run import open_run
+from fsdpsft.signals import EXIT_REQUEUE, Request, Stopped
 
+log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -29,6 +32,7 @@ def train(config: Config) -> dict[str, float]:
 
     Raises:
         UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
+        Stopped: a signal asked for it; the run is saved and goes on from there when started again.
     """
     t = config.trainer
     with open_run(config) as run:
@@ -39,9 +43,12 @@ def train(config: Config) -> dict[str, float]:
             if run.validation is not None and run.is_due(t.test_freq, step):
                 run.recorder.flush()
                 run.recorder.write(evaluate(run.model, run.validation), step.index + 1)
-            if run.is_due(t.save_freq, step):
+            request = run.requests.poll()
+            if request or run.is_due(t.save_freq, step):
                 run.recorder.flush()
                 run.save(step)
+            if request is Request.STOP and step.index + 1 < run.total_steps:
+                raise Stopped(step.index + 1)
         run.recorder.flush()
         return run.recorder.last
 
@@ -75,12 +82,11 @@ def train_step(
 
 def main(arguments: list[str] | None = None) -> int:
     """``python -m fsdpsft.train key=value …``; returns the exit code."""
-    return run_command(train_command, sys.argv[1:] if arguments is None else arguments)
-
-
-def train_command(config: Config) -> None:
-    """Train and say where the model is."""
-    train(config)
+    try:
+        return run_command(train, sys.argv[1:] if arguments is None else arguments)
+    except Stopped as stopped:
+        log.warning("%s", stopped)
+        return EXIT_REQUEUE
 
 
 class _CallableModule(ModuleType):
