@@ -34,10 +34,10 @@ COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 TARGET_BYTES = 16 << 20
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"FEA1": "feather 1"}
 _BATCH_BYTES = 4 << 20
-_MAX_BATCH_ROWS = 1024
+_MAX_BATCH_ROWS = 128  # bounds memory where Parquet keeps a long text once for all the rows that repeat it
 # Rows inside a Parquet row group are only reached by decoding those before them, so a group is cut into few shards.
 _MAX_SHARDS_PER_GROUP = 16
-_READ_FAULTS = (OSError, pa.ArrowException, EOFError, MemoryError, ValueError)
+_READ_FAULTS = (OSError, pa.ArrowException, EOFError, MemoryError, RecursionError, ValueError)
 _VALUE_FAULTS = (pa.ArrowException, ValueError, ArithmeticError, LookupError)
 
 

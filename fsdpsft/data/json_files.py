@@ -102,8 +102,9 @@ class _Window:
         self._decoder = codecs.getincrementaldecoder(encoding)()
         self._text, self._at, self._dropped, self._bytes = "", 0, 0, 0
         self._ended = False
-        self._grow()
         bom = _BOM.decode(encoding)
+        while len(self._text) < len(bom) and not self._ended:
+            self._grow()
         self._at = len(bom) if self._text.startswith(bom) else 0
 
     @property

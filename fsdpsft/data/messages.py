@@ -37,6 +37,7 @@ _TEXT_PARTS = {"text", "input_text", "output_text"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CONTROL = {"train", "weight", "loss_weight", "tool_calls", "function_call", *_REASONING}
 _MAX_DEPTH = 64
+_MAX_INT_BITS = 10_000  # Python refuses to write integers of more than 4,300 digits as text
 _WEIGHT_RANGE = (1e-6, 1e6)  # weights end in float32, where a tinier one would silently be 0
 # JSON Schema gives a null a meaning under these keys; elsewhere in a tool's definition it is what Arrow left behind.
 _NULL_MEANS_NULL = {"default", "const"}
@@ -136,7 +137,7 @@ def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) 
     """
     if isinstance(value, str):
         return text_of(value, column)
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or _is_json_number(value):
         return value
     if depth >= _MAX_DEPTH:
         raise fault("nested too deeply", column, f"nested more than {_MAX_DEPTH} levels deep", "flatten the data")
@@ -151,6 +152,12 @@ def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) 
         return copy
     problem = f"a {type(value).__name__} has no place in a message"
     raise fault("wrong type", column, problem, "use text, numbers, lists and objects", value)
+
+
+def _is_json_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= _MAX_INT_BITS
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def parse_json(text: str, column: str, reason: str, wanted: str) -> Any:
@@ -377,7 +384,7 @@ def _weight(given: dict[str, Any], column: str) -> float:
     for key, weight in found.items():
         low, high = _WEIGHT_RANGE
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not (weight == 0 or (math.isfinite(weight) and low <= weight <= high)):
+        if not is_number or not (weight == 0 or low <= weight <= high):
             problem = f"a weight must be 0 or a number from {low:g} to {high:g}"
             raise fault("bad weight", f"{column}.{key}", problem, "mend the row", weight)
     if len(set(found.values())) > 1:

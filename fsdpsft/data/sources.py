@@ -155,7 +155,7 @@ def _find_files(path: str, split: str, info: DatasetInfo | None) -> list[str]:
         return [str(local)]
     if has_magic(path):
         found = glob(str(local), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        matches = sorted(m for m in found if Path(m).is_file() and files.suffix_kind(m))
+        matches = sorted(match for match in found if _is_data(Path(match)))
         if matches:
             return matches
         raise DataError(f"{path}: the pattern matches no data file ({', '.join(files.SUFFIXES)}); {_nearest(local)}")
@@ -176,9 +176,13 @@ def _nearest(path: Path) -> str:
     return f"the folder {path.parent} has no {path.name}, it has {', '.join(close)}" + (" …" if len(there) > 5 else "")
 
 
+def _is_data(path: Path) -> bool:
+    return path.name not in _NOT_DATA and files.suffix_kind(path.name) is not None and path.is_file()
+
+
 def _folder_files(folder: Path, split: str) -> list[str]:
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in _NOT_DATA)
-    data = [p for p in inside if p.is_file() and files.suffix_kind(p.name)]
+    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    data = [p for p in inside if _is_data(p)]
     if not data:
         there = ", ".join(p.name + "/" * p.is_dir() for p in inside[:8]) or "nothing"
         known = ", ".join(files.SUFFIXES)
