@@ -176,10 +176,10 @@ class HostRest:
     def _unpack(self, kept: _Resting | Tensor) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        if kept.copied is None:
-            return kept.host.to(kept.device)
         if kept in self.waiting:  # all that was saved after it has been used
             del self.waiting[self.waiting.index(kept) :]
+        if kept.copied is None:
+            return kept.host.to(kept.device)
         self._fetch(kept)
         torch.cuda.current_stream(kept.device).wait_event(kept.copied)
         tensor, kept.present = kept.present, None
