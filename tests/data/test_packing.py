@@ -76,6 +76,12 @@ def test_order_changes_with_seed_and_epoch_and_not_otherwise():
     assert epoch_of(order, 0) != epoch_of(order, 1)
 
 
+def test_sources_take_turns_differently_in_each_epoch():
+    order = Order((50, 50), 10, seed=1)
+    first, second = ([i < 50 for i in epoch_of(order, epoch)] for epoch in (0, 1))
+    assert first != second
+
+
 def test_weight_one_half_takes_the_other_half_in_the_next_epoch():
     order = Order((40, 10), 7, seed=3, weights=(0.5, 1.0))
     first, second = epoch_of(order, 0), epoch_of(order, 1)
@@ -221,6 +227,21 @@ def test_attention_counts_in_the_balance():
     heavy = plan_step(lengths, dp_size=2, token_budget=1000, attention_cost=0.01)
     by_rank = sorted([sorted(lengths[i] for i in rank[0]) for rank in heavy], key=len)
     assert len(by_rank[0]) == 1  # 200 + 0.01 * 200^2 = 600 is worth more than all 40 short ones, 40 * 11 = 440
+
+
+def test_row_cap_holds_where_short_documents_crowd():
+    plan = plan_step([60, 1, 1, 1, 1, 1], dp_size=2, token_budget=100, max_rows=3)
+    assert sorted(len(positions) for rank in plan for positions in rank) == [3, 3]
+
+
+def test_a_full_house_is_found_where_balancing_finds_none():
+    """7 + 5 and 4 + 4 + 4 fill two micro-batches of 12; always taking the emptier one would need a third."""
+    assert plan_step([7, 5, 4, 4, 4], dp_size=1, token_budget=12) == [[[0, 1], [2, 3, 4]]]
+
+
+def test_rectangles_are_even():
+    plan = plan_step([10] * 6, dp_size=1, token_budget=50, padded=True)
+    assert [len(positions) for positions in plan[0]] == [3, 3]
 
 
 def test_single_row_leaves_the_other_ranks_idle():
