@@ -104,7 +104,9 @@ class _Marking(NodeTransformer):
 
 
 def _print_call(function: str, arguments: list[nodes.Expr]) -> nodes.Output:
-    return nodes.Output([nodes.Call(nodes.Name(function, "load"), arguments, [], None, None)])
+    """Print ``function``'s result. It is a filter: the sandbox looks at each call, but not at filters."""
+    first, *others = arguments
+    return nodes.Output([nodes.Filter(first, function, others, [], None, None)])
 
 
 class JinjaTemplate:
@@ -126,7 +128,7 @@ class JinjaTemplate:
         """Compile both forms; see the class."""
         self.text = text
         try:
-            environment = chat_template_utils._compile_jinja_template(text).environment
+            environment = chat_template_utils._compile_jinja_template(text).environment.overlay()
             tree = environment.parse(text)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
@@ -135,13 +137,14 @@ class JinjaTemplate:
         tree = marking.visit(tree)
         tree.set_lineno(1)
         tree.set_environment(environment)
+        environment.filters = {**environment.filters, _BEGIN: self._begin, _END: self._end}
         self.has_blocks = marking.has_blocks
         self._captured = marking.captured
         self._plain = environment.from_string(text)
         self._marked = environment.from_string(tree)
         # One flat dict each: Jinja would walk a chain of them in every render.
         self._plain.globals = {**environment.globals, "strftime_now": now.strftime}
-        self._marked.globals = {**self._plain.globals, _BEGIN: self._begin, _END: self._end}
+        self._marked.globals = self._plain.globals
         self._messages: Sequence[Message] = ()
         self._index: dict[int, int] = {}
         self._open: set[int] = set()
@@ -184,7 +187,8 @@ class JinjaTemplate:
                 f"the chat template rejects the conversation: {error}", "rejected by the template"
             ) from error
 
-    def _begin(self, loop: int, *values: Any) -> str:
+    @jinja2.pass_context  # which also keeps the compiler from evaluating it once and for all
+    def _begin(self, _: jinja2.runtime.Context, loop: int, *values: Any) -> str:
         """Printed first in each iteration: whose it is, or nobody's (-1) if this loop had a message before."""
         for value in values:
             message = self._index.get(id(value))
@@ -194,7 +198,8 @@ class JinjaTemplate:
                 return f"{_OPEN}{loop},{message}{_CLOSE}"
         return f"{_OPEN}{loop},-1{_CLOSE}" if loop in self._open else ""
 
-    def _end(self, loop: int) -> str:
+    @jinja2.pass_context
+    def _end(self, _: jinja2.runtime.Context, loop: int) -> str:
         """Printed after a loop."""
         if loop not in self._open:
             return ""

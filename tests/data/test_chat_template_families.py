@@ -23,9 +23,10 @@ trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
 
-_NAME = r"[^<>\s'\"{}|｜]+"
+_BAR = "\uff5c"  # the full-width bar of DeepSeek's special tokens
+_NAME = rf"[^<>\s'\"{{}}|{_BAR}]+"
 _SPECIAL = re.compile(
-    rf"<[|｜]{_NAME}[|｜]?>|<{_NAME}[|｜]>|</s>|<(?:start|end)_of_(?:turn|utterance|image)>|\[gMASK\]|<sop>"
+    rf"<[|{_BAR}]{_NAME}[|{_BAR}]?>|<{_NAME}[|{_BAR}]>|</s>|<(?:start|end)_of_(?:turn|utterance|image)>|\[gMASK\]|<sop>"
 )
 
 QUESTION, ANSWER = message("user", "USERSAYS what is 2+2?"), message("assistant", "It is 4.")
