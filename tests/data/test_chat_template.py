@@ -239,7 +239,7 @@ class TestRefusals:
             (golden.LLAMA3.replace("assistant<", "helper<"), [QUESTION, ANSWER], "generation prompt ends in 'helper"),
             (golden.QWEN3.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"),
              [QUESTION, ANSWER, SECOND, LAST], "message 1 .*without the generation prompt.*per_turn"),
-            (golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.index==2 != loop.last else '<|im_end|>' }}"),
+            (golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.revindex == 3 else '<|im_end|>' }}"),
              [QUESTION, ANSWER, SECOND, LAST], "message 1 .*no longer prints the reply that ends with"),
             (golden.CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), [QUESTION, ANSWER], "occurs within the turn"),
         ],
