@@ -92,7 +92,7 @@ def build_model(
         ConfigError: a backend or kernel that cannot serve the model, by name.
     """
     dtype = resolve_dtype(settings.dtype, mesh.device)
-    causal_lm = _adapted(path, settings, dtype, layers)
+    causal_lm = adapted_model(path, settings, dtype, layers)
     check_architecture(causal_lm, packed=packed)
     prove_head(causal_lm)
     if settings.use_liger:
@@ -113,8 +113,11 @@ def build_model(
     return ParallelModel(module.train(), mesh, attend, masters, dtype)
 
 
-def _adapted(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
-    """The model on meta, with adapters where they are asked for; a frozen base needs no more than the compute dtype."""
+def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
+    """The model of a folder on meta, with adapters where they are asked for.
+
+    A frozen base needs no more than the compute dtype. ``layers`` cuts the model to its first so many blocks.
+    """
     config = load_model_config(path, trust_remote_code=settings.trust_remote_code)
     if layers is not None:
         cut_layers(config, layers)

@@ -123,7 +123,7 @@ class RowEncoder:
 
     def encode(self, source: Source, rows: Sequence[Row]) -> list[Sequence[Encoded] | RowError]:
         """The samples of each row, or what is wrong with it, in the order of the rows."""
-        read = [self._read(source, row) for row in rows]
+        read = [self.read(source, row) for row in rows]
         conversations = [item for item in read if isinstance(item, Conversation)]
         encoded = iter(self.template.encode_batch(conversations) if conversations else ())
         results: list[Sequence[Encoded] | RowError] = []
@@ -136,7 +136,8 @@ class RowEncoder:
             results.append(result)
         return results
 
-    def _read(self, source: Source, row: Row) -> Conversation | Tokenized | RowError:
+    def read(self, source: Source, row: Row) -> Conversation | Tokenized | RowError:
+        """The conversation, or finished tokens, of one row, or what is wrong with it."""
         row_format = self.formats[source.name]
         try:
             if self.custom is not None:
