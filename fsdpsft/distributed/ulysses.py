@@ -12,7 +12,8 @@ Cost, a layer and forward pass: two collectives, in which rank r sends
 
 where H_r and K_r are its query and key/value heads and S is the sum of K_r over the ranks (S = K where no kv head is
 shared). The backward pass has two more, each the opposite of one above: what was received is sent. For even heads a
-pass costs ``(T / P) * (2 H + 2 S) * E * (P - 1) / P`` a rank. Activation checkpointing repeats the forward's exchange.
+pass costs ``(T / P) * (2 H + 2 S) * E * (P - 1) / P`` a rank. Full activation checkpointing repeats the forward's
+exchanges, selective does not.
 """
 
 from __future__ import annotations
