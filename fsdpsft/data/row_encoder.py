@@ -128,12 +128,12 @@ class RowEncoder:
         encoded = iter(self.template.encode_batch(conversations) if conversations else ())
         results: list[Sequence[Encoded] | RowError] = []
         for row, item in zip(rows, read, strict=True):
-            result = next(encoded) if isinstance(item, Conversation) else item
-            if isinstance(result, Tokenized):
-                result = [Encoded(result.input_ids, result.loss_weights)]
-            elif isinstance(result, DataError) and not isinstance(result, RowError):
-                result = RowError(f"{row.where}: {result}", _reason(result))
-            results.append(result)
+            if isinstance(item, RowError):
+                results.append(item)
+            elif isinstance(item, Tokenized):
+                results.append([Encoded(item.input_ids, item.loss_weights)])
+            else:
+                results.append(_named(row, next(encoded)))
         return results
 
     def read(self, source: Source, row: Row) -> Conversation | Tokenized | RowError:
@@ -147,7 +147,14 @@ class RowEncoder:
             return error
 
 
+def _named(row: Row, result: list[Encoded] | DataError) -> list[Encoded] | RowError:
+    """Put the row's name on an error of the template, which does not know it."""
+    return RowError(f"{row.where}: {result}", _reason(result)) if isinstance(result, DataError) else result
+
+
 def _reason(error: DataError) -> str:
-    """An error's message without what differs from row to row, to count by."""
+    """What to count an error by: its own reason, or its message without what differs from row to row."""
+    if isinstance(error, RowError):
+        return error.reason
     text = re.sub(r"^message \d+ \(\w+\): ", "", str(error).split(";")[0])
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", text)[:_REASON_LENGTH]
