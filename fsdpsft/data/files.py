@@ -312,7 +312,7 @@ def _cut_groups(path: str, kind: str, groups: Iterable[tuple[int, int]], target_
 
 
 def _parquet_batches(shard: Shard) -> Iterator[tuple[int, pa.RecordBatch]]:
-    with pq.ParquetFile(shard.file, buffer_size=_BATCH_BYTES) as file:
+    with pq.ParquetFile(shard.file, buffer_size=_BATCH_BYTES, page_checksum_verification=True) as file:
         metadata, first = file.metadata, 0
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)

@@ -63,7 +63,7 @@ def test_offline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no such path, and not to be had from the Hub .*Couldn't reach"):
+    with pytest.raises(DataError, match=r"no such path, and not to be had from the Hub .*Couldn't reach"):
         resolve_sources("owner/name")
 
 
@@ -91,7 +91,11 @@ def test_addresses_of_files_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    for address in ("hf://datasets/o/n/data/train.jsonl", "hf://datasets/o/n@v1/data/*.jsonl", "hf://datasets/o/n/data"):
+    for address in (
+        "hf://datasets/o/n/data/train.jsonl",
+        "hf://datasets/o/n@v1/data/*.jsonl",
+        "hf://datasets/o/n/data",
+    ):
         (source,) = resolve_sources(address)
         assert [Path(file).name for file in source.files] == ["train.jsonl"]
     assert asked == [("o/n", None, "data/train.jsonl"), ("o/n", "v1", "data/*.jsonl"), ("o/n", None, "data")]
