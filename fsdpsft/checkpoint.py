@@ -47,7 +47,7 @@ from fsdpsft.model.parameters import without_wrappers
 from fsdpsft.storage.files import FileRecord, require_space, write_json
 from fsdpsft.storage.manifest import Manifest, verify, write_manifest
 from fsdpsft.storage.pieces import Exchange, Piece, Staging, all_gather, piece_of, rows_of
-from fsdpsft.storage.run_folder import RunFolder
+from fsdpsft.storage.run_folder import INDEX_FILE, SINGLE_FILE, RunFolder
 from fsdpsft.storage.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
 from fsdpsft.storage.tensor_writer import TensorSpec, dtype_name
 from fsdpsft.training_state import (
@@ -153,6 +153,8 @@ class CheckpointManager:
         self._size = dist.get_world_size() if self._group is not None else 1
         self._staging = Staging()
         self._running: Future[None] | None = None
+        self._begun_at: int | None = 0
+        self._plan: tuple[list[tuple[str, tuple[int, ...], torch.dtype]], list[PlannedFile]] = ([], [])
         if self._rank == 0:
             self.folder.clean()
 
@@ -275,7 +277,11 @@ class CheckpointManager:
             restore_rng(content["rng"][self._rank])
         else:
             logger.warning("saved on %d processes: dropout draws will differ from there on", len(content["rng"]))
-        return TrainState(**content["state"])
+        state = TrainState(**content["state"])
+        self._begun_at = state.step
+        if self._rank == 0 and path.resolve().parent == self.folder.root.resolve():
+            self._show(state.step)  # the run may have been killed between saving this checkpoint and showing it
+        return state
 
     def _read(self, folder: Path, target: dict[str, Any]) -> None:
         """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
@@ -313,9 +319,16 @@ class CheckpointManager:
             job.weights = held
             if adapter is not None:
                 job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
-            job.weight_files = plan_export(model, job.weights, self._handoff)
+            job.weight_files = self._planned(model, job.weights)
         self._staging.finish()
         return job
+
+    def _planned(self, model: nn.Module, pieces: Mapping[str, Piece]) -> list[PlannedFile]:
+        """``plan_export``, once for as long as the tensors stay what they are."""
+        key = [(name, piece.shape, piece.dtype) for name, piece in pieces.items()]
+        if self._plan[0] != key:
+            self._plan = key, plan_export(model, pieces, self._handoff)
+        return self._plan[1]
 
     def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
         piece = piece_of(name, tensor, self._rank)
@@ -379,6 +392,9 @@ class CheckpointManager:
 
     def _begin(self, job: _Job) -> None:
         self.folder.root.mkdir(parents=True, exist_ok=True)
+        if self._begun_at is not None:
+            self.folder.set_aside(self._begun_at)
+            self._begun_at = None
         require_space(self.folder.root, job.nbytes)
         folder = self.folder.begin(job.state.step)
         if job.training:
@@ -402,17 +418,26 @@ class CheckpointManager:
             folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints)
         )
         self.folder.commit(job.state.step)
+        self._show(job.state.step, anew=True)
+        self.folder.retire(self._keep, self._keep_every, self.folder.best(self._lower_is_better))
+
+    def _show(self, newest: int, *, anew: bool = False) -> None:
+        """Rank 0: let the root be the model it should be: the best, or the last one up to step ``newest``."""
+        models = [step for step, path in self.folder.checkpoints() if step <= newest and _holds_model(path)]
+        if not models:
+            return
         best = self.folder.best(self._lower_is_better)
-        if job.weight_files and (self._publish == "newest" or best in (None, job.state.step)):
-            self.folder.publish(job.state.step)
-        self.folder.retire(self._keep, self._keep_every, best)
+        wanted = best if self._publish == "best" and best in models else models[-1]
+        assert wanted is not None
+        if self.folder.published() != wanted or (anew and wanted == newest):
+            self.folder.publish(wanted)
 
     def _write_state(self, job: _Job, folder: Path, rng: list[Any]) -> dict[str, FileRecord]:
         tensors = {name: [dtype_name(p.dtype), list(p.shape)] for name, p in job.training.items()}
         content = {
             "format_version": 1,
             "complete": job.adapter_config is None,
-            "state": job.state.as_dict(),
+            "state": self._with_best(job).as_dict(),
             "source": str(self._handoff.source),
             "adapter_config": job.adapter_config,
             "dtypes": self._handoff.stored_dtypes().as_json(),
@@ -426,6 +451,17 @@ class CheckpointManager:
         records[STATE_FILE] = write_json(folder / STATE_FILE, content)
         return records
 
+    def _with_best(self, job: _Job) -> TrainState:
+        """The state, with the best metric up to now and its step where the caller did not say."""
+        known = self.folder.metrics()
+        if job.metric is not None:
+            known[job.state.step] = job.metric
+        if job.state.best_step is not None or not known:
+            return job.state
+        choose = min if self._lower_is_better else max
+        best = choose(known, key=lambda step: known[step])
+        return replace(job.state, best_metric=known[best], best_step=best)
+
     def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
         template = self._handoff.chat_template or source_template(self._handoff.source) or ""
         weights = json.dumps([[file.path, records[file.path].sha256] for file in job.weight_files])
@@ -438,6 +474,10 @@ class CheckpointManager:
             "trained_tokens": job.state.trained_tokens,
             "source": str(self._handoff.source),
         }
+
+
+def _holds_model(path: Path) -> bool:
+    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -369,3 +369,43 @@ def test_a_bfloat16_source_gives_a_bfloat16_model_from_float32_masters(tmp_path)
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((source / "config.json").read_text())
     state = json.loads((tmp_path / "out/global_step_1/trainer_state/state.json").read_text())
     assert state["tensors"]["model/model.norm.weight"][0] == "float32"
+
+
+def test_a_run_begun_again_puts_later_checkpoints_aside(run, caplog) -> None:
+    folder, model, optimizer, manager = run
+    for step in (1, 2, 3):
+        manager.save(model, optimizer, TrainState(step))
+    again = CheckpointManager(folder / "out", Handoff(folder / "source"), keep=1)
+    again.load(folder / "out/global_step_1", model, optimizer)
+    again.save(model, optimizer, TrainState(2))
+    again.close()
+    assert [step for step, _ in again.folder.checkpoints()] == [2]
+    assert {p.name for p in (folder / "out").glob("aside_*")} == {"aside_global_step_2", "aside_global_step_3"}
+    assert "another run" in caplog.text
+    fresh = CheckpointManager(folder / "out", Handoff(folder / "source"))
+    fresh.save(model, optimizer, TrainState(1))
+    assert (folder / "out/aside_global_step_2.1").is_dir()
+    assert fresh.latest_good() == folder / "out/global_step_1"
+
+
+def test_a_run_killed_before_its_root_was_switched_switches_it_on_resume(run) -> None:
+    folder, model, optimizer, manager = run
+    manager.save(model, optimizer, TrainState(1))
+    manager.folder.publish = lambda step: None  # what a kill at that moment comes to
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7)
+    manager.save(model, optimizer, TrainState(2))
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").model.norm.weight[0] != 7
+    again = CheckpointManager(folder / "out", Handoff(folder / "source"))
+    newest = again.latest_good()
+    assert newest is not None
+    again.load(newest, model, optimizer, verified=True)
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").model.norm.weight[0] == 7
+
+
+def test_the_state_knows_the_best_so_far(run) -> None:
+    folder, model, optimizer, manager = run
+    for step, loss in [(1, 2.0), (2, 1.0), (3, 1.5)]:
+        manager.save(model, optimizer, TrainState(step), metric=loss)
+    state = manager.load(folder / "out/global_step_3", model, optimizer)
+    assert (state.best_metric, state.best_step) == (1.0, 2)

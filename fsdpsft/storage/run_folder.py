@@ -15,6 +15,7 @@ unsharded model is one file, and its rename the switch.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from fsdpsft.storage.manifest import Manifest, read_manifest
 logger = logging.getLogger(__name__)
 
 STEP_NAME = re.compile(r"global_step_(\d+)")
-TEMPORARY, TRASH, LINK = ".tmp-", ".trash-", ".link-"
+TEMPORARY, TRASH, LINK, ASIDE = ".tmp-", ".trash-", ".link-", "aside_"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -116,14 +117,41 @@ class RunFolder:
         while self._deletions:
             self._deletions.pop().join()
 
+    def set_aside(self, after: int) -> None:
+        """Rename checkpoints of later steps than ``after`` out of the way: this run does not go on from them.
+
+        They would pass for the newest ones of a run that began anew, or again from an earlier step. Nothing is deleted.
+        """
+        for step, path in self.checkpoints():
+            if step <= after:
+                continue
+            target = self.root / f"{ASIDE}{path.name}"
+            for number in itertools.count(1):
+                if not target.exists():
+                    break
+                target = self.root / f"{ASIDE}{path.name}.{number}"
+            logger.warning(
+                "%s is of another run than the one begun at step %d; renamed to %s", path, after, target.name
+            )
+            path.rename(target)
+
+    def metrics(self) -> dict[int, float]:
+        """Step -> metric of the checkpoints that carry one."""
+        found = {step: _metric(path) for step, path in self.checkpoints()}
+        return {step: metric for step, metric in found.items() if metric is not None}
+
     def best(self, lower_is_better: bool = True) -> int | None:
         """Step of the checkpoint with the best metric (of equals, the newest); None where none carries a metric."""
-        scored = []
-        for step, path in self.checkpoints():
-            metric = _metric(path)
-            if metric is not None:
-                scored.append((-metric if lower_is_better else metric, step))
+        sign = -1 if lower_is_better else 1
+        scored = [(sign * metric, step) for step, metric in self.metrics().items()]
         return max(scored)[1] if scored else None
+
+    def published(self) -> int | None:
+        """Step whose model the root shows; None where it shows none."""
+        try:
+            return read_manifest(self.root).step
+        except CheckpointError:
+            return None
 
     def publish(self, step: int) -> None:
         """Make the root directory the model of checkpoint ``step``; the module's text says what a reader sees.
