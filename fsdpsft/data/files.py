@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fsdpsft.data.json_files import IndexedRow, RowFault, cut_array, cut_lines, read_array, read_lines
+from fsdpsft.data.json_files import IndexedRow, RowFault, cut_array, cut_lines, raise_fault, read_array, read_lines
 from fsdpsft.errors import DataError, RowError
 
 SUFFIXES = {
@@ -148,19 +148,19 @@ def cut_file(path: str, target_bytes: int = TARGET_BYTES) -> list[Shard]:
     return shards or [Shard(path, kind)]
 
 
-def read_shard(shard: Shard, on_error: RowFault | None = None) -> Iterator[IndexedRow]:
+def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[IndexedRow]:
     """Stream the rows of a shard as (row number in the file, columns).
 
     Args:
         shard: from ``cut_file``, or ``Shard(path, file_kind(path))`` for a whole file.
         on_error: is given the error of each row that cannot be read while its neighbours can (a broken JSON line),
-            and reading goes on; None raises the first.
+            and reading goes on; by default the first is raised.
 
     Raises:
         RowError: a row cannot be read.
         DataError: the file is damaged, or it is read whole and has no rows.
     """
-    readers: dict[str, Callable[[Shard, RowFault | None], Iterator[IndexedRow]]] = {
+    readers: dict[str, Callable[[Shard, RowFault], Iterator[IndexedRow]]] = {
         "parquet": _read_columnar,
         "arrow": _read_columnar,
         "csv": _read_csv,
@@ -172,8 +172,6 @@ def read_shard(shard: Shard, on_error: RowFault | None = None) -> Iterator[Index
     def count(fault: RowError) -> None:
         nonlocal faults
         faults += 1
-        if on_error is None:
-            raise fault
         on_error(fault)
 
     row = None
@@ -184,7 +182,7 @@ def read_shard(shard: Shard, on_error: RowFault | None = None) -> Iterator[Index
         raise DataError(f"{shard.file}: the file has no rows; a data file needs at least one")
 
 
-def _read_json(shard: Shard, on_error: RowFault | None) -> Iterator[IndexedRow]:
+def _read_json(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
     read = read_lines if shard.kind == "jsonl" else read_array
     size = None if shard.stop is None else shard.stop - shard.start
     with open_stream(shard.file) as stream:
@@ -193,61 +191,64 @@ def _read_json(shard: Shard, on_error: RowFault | None) -> Iterator[IndexedRow]:
         yield from read(stream, shard.file, first_row=shard.first_row, size=size, on_error=on_error)
 
 
-def _read_csv(shard: Shard, on_error: RowFault | None) -> Iterator[IndexedRow]:
+def _read_csv(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
     """Every cell is text: what looks like a number in one row is words in the next."""
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))  # the library's own limit, 128 KiB, is a short document
     with open_stream(shard.file) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        lines = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
         try:
-            header = next(reader, [])
-            if not header or len(set(header)) < len(header) or "" in header:
-                raise DataError(f"{shard.file}: the first line must name each column once, found {header}")
-            for index, cells in enumerate(cells for cells in reader if cells):
-                if len(cells) == len(header):
-                    yield index, dict(zip(header, cells, strict=True))
-                elif on_error is not None:
-                    found = f"{len(cells)} cells where the header has {len(header)}"
-                    where = f"{shard.file}, row {index} (line {reader.line_num})"
-                    on_error(RowError(f"{where}: {found}; quote cells that hold commas", "wrong number of cells"))
+            rows = enumerate(_csv_rows(lines, shard.file, on_error))
+            yield from ((index, columns) for index, columns in rows if columns is not None)
         except csv.Error as exc:
-            raise DataError(f"{shard.file}, line {reader.line_num}: broken CSV ({exc}); mend the quoting") from None
+            raise DataError(f"{shard.file}, line {lines.line_num}: broken CSV ({exc}); mend the quoting") from None
         except UnicodeDecodeError as exc:
             found = f"byte {exc.object[exc.start]:#04x}, which is not UTF-8"
-            where = f"{shard.file}, soon after line {reader.line_num}"
+            where = f"{shard.file}, soon after line {lines.line_num}"
             raise DataError(f"{where}: {found}; save the file as UTF-8") from None
 
 
-def _read_columnar(shard: Shard, on_error: RowFault | None) -> Iterator[IndexedRow]:
+def _csv_rows(lines: Any, path: str, on_error: RowFault) -> Iterator[dict[str, Any] | None]:
+    """The rows below the header; one with another number of cells goes to ``on_error`` and comes as None."""
+    header = next(lines, [])
+    if not header or len(set(header)) < len(header) or "" in header:
+        raise DataError(f"{path}: the first line must name each column once, found {header}")
+    for index, cells in enumerate(cells for cells in lines if cells):
+        if len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+            continue
+        found = f"{len(cells)} cells where the header has {len(header)}"
+        where = f"{path}, row {index} (line {lines.line_num})"
+        on_error(RowError(f"{where}: {found}; quote cells that hold commas", "wrong number of cells"))
+        yield None
+
+
+def _read_columnar(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
     batches = _parquet_batches(shard) if shard.kind == "parquet" else _arrow_batches(shard)
     tidy: dict[str, _Tidy] | None = None
     for first, batch in batches:
         if tidy is None:
             tidy = _tidiers(batch.schema, shard.file)
-        for offset, columns in enumerate(_python_rows(batch, shard.file, first, on_error)):
+        for index, columns in enumerate(_python_rows(batch, shard.file, first, on_error), first):
             if columns is not None:
-                for name, function in tidy.items():
-                    columns[name] = function(columns[name])
-                yield first + offset, columns
+                yield index, columns | {name: function(columns[name]) for name, function in tidy.items()}
 
 
-def _python_rows(
-    batch: pa.RecordBatch, path: str, first: int, on_error: RowFault | None
-) -> Iterator[dict[str, Any] | None]:
+def _python_rows(batch: pa.RecordBatch, path: str, first: int, on_error: RowFault) -> Iterator[dict[str, Any] | None]:
     """The rows of a batch; one that Arrow cannot turn into Python values goes to ``on_error`` and comes as None."""
     try:
         yield from batch.to_pylist()
+        return
     except _VALUE_FAULTS:
-        for offset in range(len(batch)):
-            row, fault = None, None
-            try:
-                (row,) = batch.slice(offset, 1).to_pylist()
-            except _VALUE_FAULTS as exc:
-                reason = "invalid UTF-8" if isinstance(exc, UnicodeDecodeError) else "unreadable value"
-                where = f"{path}, row {first + offset}"
-                fault = RowError(f"{where}: a value cannot be read ({str(exc)[:200]}); write the row again", reason)
-            if fault is not None and on_error is not None:
-                on_error(fault)
-            yield row
+        pass  # find the row
+    for index in range(len(batch)):
+        try:
+            (row,) = batch.slice(index, 1).to_pylist()
+        except _VALUE_FAULTS as exc:
+            reason = "invalid UTF-8" if isinstance(exc, UnicodeDecodeError) else "unreadable value"
+            where = f"{path}, row {first + index}"
+            on_error(RowError(f"{where}: a value cannot be read ({str(exc)[:200]}); write the row again", reason))
+            row = None
+        yield row
 
 
 _Tidy = Callable[[Any], Any]

@@ -24,6 +24,20 @@ RowFault = Callable[[RowError], None]
 IndexedRow = tuple[int, dict[str, Any]]
 
 
+def raise_fault(fault: RowError) -> None:
+    """What is done with a bad row where nobody else wants it."""
+    raise fault
+
+
+def _guarded(read: Callable[[Any, str], dict[str, Any]], raw: Any, where: str, on_error: RowFault) -> Any:
+    """``read(raw, where)``, or None after telling ``on_error`` what is wrong."""
+    try:
+        return read(raw, where)
+    except RowError as fault:
+        on_error(fault)
+        return None
+
+
 def _columns(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
@@ -48,7 +62,7 @@ def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_lines(
-    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault | None = None
+    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault = raise_fault
 ) -> Iterator[IndexedRow]:
     """Rows of JSON lines.
 
@@ -57,7 +71,7 @@ def read_lines(
         path: the file's name, for messages.
         first_row: 0-based number of the line the stream stands at.
         size: bytes to read from here; None reads to the end.
-        on_error: is given each broken line's error, and reading goes on; None raises the first.
+        on_error: is given each broken line's error, and reading goes on; by default the first is raised.
 
     Yields:
         (row number, columns). The row number is the 0-based line number, blank lines counted though they are no rows.
@@ -69,15 +83,10 @@ def read_lines(
     for number, raw in enumerate(stream, first_row):
         done += len(raw)
         text = raw.removeprefix(_BOM) if number == 0 else raw
-        if not text.isspace() and text:
-            try:
-                columns = _parse_line(text, f"{path}, row {number} (line {number + 1})")
-            except RowError as exc:
-                if on_error is None:
-                    raise
-                on_error(exc)
-            else:
-                yield number, columns
+        blank = not text or text.isspace()
+        columns = None if blank else _guarded(_parse_line, text, f"{path}, row {number} (line {number + 1})", on_error)
+        if columns is not None:
+            yield number, columns
         if size is not None and done >= size:
             return
 
@@ -191,7 +200,7 @@ def _elements(window: _Window, path: str, first_row: int, whole: bool) -> Iterat
 
 
 def read_array(
-    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault | None = None
+    stream: BinaryIO, path: str, *, first_row: int = 0, size: int | None = None, on_error: RowFault = raise_fault
 ) -> Iterator[IndexedRow]:
     """Rows of a JSON array, parsed one at a time.
 
@@ -200,7 +209,8 @@ def read_array(
         path: the file's name, for messages.
         first_row: 0-based number of the first element to come.
         size: bytes that hold whole elements; None reads the whole array.
-        on_error: is given the error of each element that is no object, and reading goes on; None raises the first.
+        on_error: is given the error of each element that is no object, and reading goes on; by default the
+            first is raised.
 
     Yields:
         (row number, columns).
@@ -211,13 +221,8 @@ def read_array(
     """
     window = _Window(stream, path, size, "utf-8")
     for row, value, _ in _elements(window, path, first_row, whole=size is None):
-        try:
-            columns = _columns(value, f"{path}, row {row}")
-        except RowError as exc:
-            if on_error is None:
-                raise
-            on_error(exc)
-        else:
+        columns = _guarded(_columns, value, f"{path}, row {row}", on_error)
+        if columns is not None:
             yield row, columns
 
 

@@ -380,6 +380,8 @@ def _train(given: dict[str, Any], column: str, role: str) -> bool | None:
 
 
 def _weight(given: dict[str, Any], column: str) -> float:
+    if "weight" not in given and "loss_weight" not in given:
+        return 1.0
     found = {key: given[key] for key in ("weight", "loss_weight") if key in given}
     for key, weight in found.items():
         low, high = _WEIGHT_RANGE
@@ -389,4 +391,4 @@ def _weight(given: dict[str, Any], column: str) -> float:
             raise fault("bad weight", f"{column}.{key}", problem, "mend the row", weight)
     if len(set(found.values())) > 1:
         raise fault("bad weight", column, "weight and loss_weight differ", "keep one of them", found)
-    return float(next(iter(found.values()), 1.0))
+    return float(next(iter(found.values())))

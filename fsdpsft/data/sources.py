@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from glob import glob, has_magic
@@ -24,6 +24,7 @@ from fsdpsft.data import files
 from fsdpsft.data.dataset_info import DatasetInfo
 from fsdpsft.data.files import TARGET_BYTES, Shard
 from fsdpsft.data.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
+from fsdpsft.data.json_files import RowFault, raise_fault
 from fsdpsft.errors import DataError, RowError
 
 __all__ = [
@@ -239,12 +240,12 @@ def shards(source: Source, target_bytes: int = TARGET_BYTES) -> list[Shard]:
     return [shard for file in source.files for shard in files.cut_file(file, target_bytes)]
 
 
-def read_shard(shard: Shard, on_error: Callable[[RowError], None] | None = None) -> Iterator[Row]:
+def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Row]:
     """Stream a shard's rows, numbered as in their file.
 
     Args:
         shard: from ``shards``.
-        on_error: is given the error of each unreadable row, and reading goes on; None raises the first.
+        on_error: is given the error of each unreadable row, and reading goes on; by default the first is raised.
 
     Raises:
         RowError: a row cannot be read.
@@ -254,7 +255,7 @@ def read_shard(shard: Shard, on_error: Callable[[RowError], None] | None = None)
         yield Row(shard.file, index, columns, index + 1 if shard.kind == "jsonl" else None)
 
 
-def read_rows(source: Source, on_error: Callable[[RowError], None] | None = None) -> Iterator[Row]:
+def read_rows(source: Source, on_error: RowFault = raise_fault) -> Iterator[Row]:
     """Stream all rows of a source in order, with memory that grows with neither files nor rows.
 
     Args:
