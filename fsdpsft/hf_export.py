@@ -307,8 +307,12 @@ def _put_template(folder: Path, template: str) -> dict[str, FileRecord]:
     records = {"chat_template.jinja": write_bytes(folder / "chat_template.jinja", template.encode())}
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
-    if "chat_template" in config:
-        records["tokenizer_config.json"] = write_json(path, {**config, "chat_template": template})
+    held: Any = config.get("chat_template")
+    if isinstance(held, list):  # several by name: only the default one is replaced
+        held = [{"name": "default", "template": template}, *(item for item in held if item["name"] != "default")]
+        records[path.name] = write_json(path, {**config, "chat_template": held})
+    elif held is not None:
+        records[path.name] = write_json(path, {**config, "chat_template": template})
     return records
 
 
