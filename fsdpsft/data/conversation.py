@@ -1,8 +1,7 @@
 """From a row to one checked conversation: what the chat template gets, and which of its messages are trained.
 
-row = next(read_rows(source))
-adapter = recognise(column_names(source), row, options)
-conversation = to_conversation(row, adapter, options)
+Of each source, ``recognise`` tells the format once, from the first row; ``to_conversation`` then reads every row by it
+and checks it. What it lets through has something to train.
 """
 
 from __future__ import annotations

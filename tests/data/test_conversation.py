@@ -192,7 +192,11 @@ def test_one_message_of_the_assistant_alone() -> None:
 
 
 def test_typed_parts_and_reasoning_keys() -> None:
-    parts = [{"type": "thinking", "thinking": "add "}, {"type": "reasoning", "text": "them"}, {"type": "text", "text": "4"}]
+    parts = [
+        {"type": "thinking", "thinking": "add "},
+        {"type": "reasoning", "text": "them"},
+        {"type": "text", "text": "4"},
+    ]
     expected = {"role": "assistant", "content": "4", "reasoning_content": "add them"}
     assert chat({"messages": [USER, {"role": "assistant", "content": parts}]}).messages[1] == expected
     for key in ("reasoning_content", "reasoning", "thinking"):
@@ -256,7 +260,10 @@ def test_train_and_weight_of_messages() -> None:
 
 
 def test_last_turn_only() -> None:
-    assert chat({"messages": [USER, REPLY, USER, REPLY, USER]}, train_on_turns="last").train == (False,) * 3 + (True, False)
+    assert chat({"messages": [USER, REPLY, USER, REPLY, USER]}, train_on_turns="last").train == (False,) * 3 + (
+        True,
+        False,
+    )
     with pytest.raises(RowError, match="no assistant message is trained"):
         chat({"messages": [USER, REPLY | {"train": True}, USER, REPLY | {"train": False}]}, train_on_turns="last")
 
@@ -334,7 +341,11 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
         ([], "empty conversation", "the list of messages is empty"),
         ([USER], "no assistant turn", "no assistant message, only user"),
         ([None, REPLY], "wrong type", r"column messages\[0\]: a message must be an object"),
-        ([USER, {"role": "asistant", "content": "4"}], "unknown role", r"messages\[1\]\.role: .*'asistant'; did you mean assistant"),
+        (
+            [USER, {"role": "asistant", "content": "4"}],
+            "unknown role",
+            r"messages\[1\]\.role: .*'asistant'; did you mean assistant",
+        ),
         ([USER, {"role": 3, "content": "4"}], "unknown role", "unknown role, found 3; known are assistant, developer"),
         ([USER, {"content": "4"}], "missing role", "it has content"),
         ([USER, {"role": "assistant"}], "null value", "the message has the keys role"),
@@ -360,8 +371,16 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
         ([USER | {"reasoning": "a"}, REPLY], "wrong type", "reasoning_content in a message of role user"),
         ([USER | {"tool_calls": [CALL]}, REPLY], "wrong type", "tool_calls in a message of role user"),
         ([USER, REPLY | {"tool_calls": "{"}], "bad tool call", "the text is not JSON"),
-        ([USER, REPLY | {"tool_calls": [{"arguments": {}}]}], "bad tool call", r"tool_calls\[0\]: a tool call needs a name"),
-        ([USER, REPLY | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}], "bad tool call", "must be an object, found"),
+        (
+            [USER, REPLY | {"tool_calls": [{"arguments": {}}]}],
+            "bad tool call",
+            r"tool_calls\[0\]: a tool call needs a name",
+        ),
+        (
+            [USER, REPLY | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}],
+            "bad tool call",
+            "must be an object, found",
+        ),
         ([{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}], "bad tool call", "not JSON"),
     ],
 )
@@ -379,14 +398,22 @@ def test_bad_messages_are_named(messages: Any, reason: str, message: str) -> Non
         ({"prompt": "p", "response": None}, "null value", "column response: expected text, found None"),
         ({"prompt": "p", "response": " "}, "empty response", "column response: the response is empty, found ' '"),
         ({"prompt": "", "response": "r"}, "empty prompt", "column prompt: the prompt is empty"),
-        ({"prompt": "p", "response": 42}, "wrong type", "column response: expected text, found 42; write it as a string"),
+        (
+            {"prompt": "p", "response": 42},
+            "wrong type",
+            "column response: expected text, found 42; write it as a string",
+        ),
         ({"prompt": "p", "response": "x", "system": 3}, "wrong type", "column system: expected text, found 3"),
         ({"prompt": [], "response": "x"}, "empty conversation", "column prompt"),
         ({"instruction": "i", "output": ""}, "empty response", "column output"),
         ({"instruction": "", "input": "", "output": "o"}, "empty prompt", "column instruction"),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, "wrong type", "column history: expected a list of"),
         ({"messages": [USER, REPLY], "tools": "nope"}, "bad tools", "column tools: expected tool definitions"),
-        ({"messages": [USER, REPLY], "tools": ["{}"]}, "bad tools", r"column tools\[0\]: a tool definition needs a name"),
+        (
+            {"messages": [USER, REPLY], "tools": ["{}"]},
+            "bad tools",
+            r"column tools\[0\]: a tool definition needs a name",
+        ),
         (
             {"messages": [{"role": "system", "content": "a"}, USER, REPLY], "system": "b"},
             "mixed formats",
@@ -424,11 +451,18 @@ def test_arrow_round_trip_strips_its_nulls_and_keeps_those_in_json(tmp_path: Pat
     """One row's tool call must not give keys to another's, nor to messages that have none."""
 
     def call(arguments: Any) -> dict[str, Any]:
-        return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
 
     rows = [
         {"messages": [USER, call({"city": "Rome"}), {"role": "tool", "content": "1", "name": "f"}, REPLY]},
-        {"messages": [USER, call({"day": 3}), REPLY | {"weight": 0.5}], "tools": [{"name": "f", "parameters": {"a": 1}}]},
+        {
+            "messages": [USER, call({"day": 3}), REPLY | {"weight": 0.5}],
+            "tools": [{"name": "f", "parameters": {"a": 1}}],
+        },
         {"messages": [USER, REPLY], "tools": [{"name": "g", "description": "d"}]},
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_schema(rows)), tmp_path / "x.parquet")
@@ -461,7 +495,10 @@ def test_one_row_files_with_dict_columns(tmp_path: Path, rows: int) -> None:
     keys: dict[str, Any] = {"prompt_key": "extra_info", "response_key": "extra_info"}
     (source,) = resolve_sources(str(tmp_path / "x.parquet"))
     for row in read_rows(source):
-        assert chat(row.columns, **keys, prompt_dict_keys=["question"], response_dict_keys=["answer"]).messages == [USER, REPLY]
+        assert chat(row.columns, **keys, prompt_dict_keys=["question"], response_dict_keys=["answer"]).messages == [
+            USER,
+            REPLY,
+        ]
 
 
 def test_csv_rows_are_text(tmp_path: Path) -> None:

@@ -31,7 +31,14 @@ def first(folder: Path, name: str) -> Conversation:
 
 def test_alpaca_is_the_default_with_columns_mapped(tmp_path: Path) -> None:
     columns = {"prompt": "ask", "query": "about", "response": "reply", "system": "rules", "history": "before"}
-    row = {"ask": "Sum up", "about": "Text", "reply": "Short", "rules": "Be brief", "before": [["q", "a"]], "instruction": 7}
+    row = {
+        "ask": "Sum up",
+        "about": "Text",
+        "reply": "Short",
+        "rules": "Be brief",
+        "before": [["q", "a"]],
+        "instruction": 7,
+    }
     write(tmp_path, {"mine": {"file_name": "d.json", "columns": columns}}, d=[row])
     assert [(m["role"], m["content"]) for m in first(tmp_path, "mine").messages] == [
         ("system", "Be brief"),
@@ -45,7 +52,13 @@ def test_alpaca_is_the_default_with_columns_mapped(tmp_path: Path) -> None:
 def test_sharegpt_with_tags(tmp_path: Path) -> None:
     tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "assistant_tag": "agent"}
     tags |= {"observation_tag": "result", "function_tag": "use", "system_tag": "boss"}
-    turns = [("boss", "s"), ("customer", "u"), ("use", '{"name": "f", "arguments": {}}'), ("result", "4"), ("agent", "a")]
+    turns = [
+        ("boss", "s"),
+        ("customer", "u"),
+        ("use", '{"name": "f", "arguments": {}}'),
+        ("result", "4"),
+        ("agent", "a"),
+    ]
     rows = [{"talk": [{"who": who, "says": says} for who, says in turns]}]
     entry = {"file_name": "d.json", "formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": tags}
     write(tmp_path, {"mine": entry}, d=rows)

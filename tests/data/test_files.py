@@ -68,7 +68,7 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
     "h.arrow": write_ipc_stream,
     "i.csv": write_csv,
 }
-ROWS: Rows = [{"prompt": f"one, \"two\"\nthree {i} é", "response": "x" * (i % 50)} for i in range(200)]
+ROWS: Rows = [{"prompt": f'one, "two"\nthree {i} é', "response": "x" * (i % 50)} for i in range(200)]
 
 
 def whole(path: Path) -> Shard:
@@ -140,11 +140,21 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
 
 def test_arrow_nulls_inside_structs_are_dropped(tmp_path: Path) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"a": {"city": "Rome"}}]}]},
-        {"messages": [{"role": "assistant", "content": "yo", "tool_calls": [{"a": {"day": 3}}, {"a": {}}]}], "top": None},
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "tool_calls": [{"a": {"city": "Rome"}}]},
+            ]
+        },
+        {
+            "messages": [{"role": "assistant", "content": "yo", "tool_calls": [{"a": {"day": 3}}, {"a": {}}]}],
+            "top": None,
+        },
         {"messages": None, "top": 1},
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([*rows[:2], {**rows[2]}]).schema), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([*rows[:2], {**rows[2]}]).schema), tmp_path / "x.parquet"
+    )
     read = [row["messages"] for _, row in read_shard(whole(tmp_path / "x.parquet"))]
     assert read == [row["messages"] for row in rows]
 
@@ -154,9 +164,21 @@ def test_arrow_maps_become_dicts_and_nulls_in_lists_stay(tmp_path: Path) -> None
         {
             "m": pa.array([[("k", 1), ("n", None)], []], pa.map_(pa.string(), pa.int64())),
             "l": pa.array([[{"a": 1}, None], [{"b": 2}]]),
-            "s": pa.array([{"deep": [{"m": [("x", {"a": 1, "b": None})]}]}, None], pa.struct([
-                ("deep", pa.list_(pa.struct([("m", pa.map_(pa.string(), pa.struct([("a", pa.int8()), ("b", pa.int8())])))])))
-            ])),
+            "s": pa.array(
+                [{"deep": [{"m": [("x", {"a": 1, "b": None})]}]}, None],
+                pa.struct(
+                    [
+                        (
+                            "deep",
+                            pa.list_(
+                                pa.struct(
+                                    [("m", pa.map_(pa.string(), pa.struct([("a", pa.int8()), ("b", pa.int8())])))]
+                                )
+                            ),
+                        )
+                    ]
+                ),
+            ),
         }
     )
     pq.write_table(table, tmp_path / "x.parquet")

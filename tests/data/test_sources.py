@@ -28,7 +28,9 @@ from fsdpsft.errors import DataError, RowError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("maths", "prose"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {i}", "response": "r"}}\n' for i in range(5)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f'{{"prompt": "{name} {i}", "response": "r"}}\n' for i in range(5))
+        )
     (tmp_path / "notes.txt").write_text("not data")
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / ".hidden.jsonl").write_text("{}")
@@ -124,7 +126,10 @@ def test_what_cannot_be_found_is_told_with_what_is_there(folder: Path, spec: Any
 def test_rows_carry_their_place(folder: Path) -> None:
     (source,) = resolve_sources(str(folder))
     rows = list(read_rows(source))
-    assert [(Path(row.source).name, row.index, row.line) for row in rows[4:6]] == [("maths.jsonl", 4, 5), ("prose.jsonl", 0, 1)]
+    assert [(Path(row.source).name, row.index, row.line) for row in rows[4:6]] == [
+        ("maths.jsonl", 4, 5),
+        ("prose.jsonl", 0, 1),
+    ]
     assert rows[5].columns == {"prompt": "prose 0", "response": "r"}
     assert rows[5].where == f"{folder}/prose.jsonl, row 0 (line 1)"
     assert [row for shard in shards(source, 40) for row in read_shard(shard)] == rows
