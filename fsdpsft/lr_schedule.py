@@ -1,15 +1,17 @@
 """Learning-rate schedules: pure functions from a step to a multiplier of the peak rate.
 
 Cosine: Loshchilov & Hutter, "SGDR" (2017). WSD (warm-up, stable, decay): Hu et al., "MiniCPM" (2024). ``sqrt`` decay,
-``1 - sqrt(progress)``: Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (2024).
+``1 - sqrt(progress)``: Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
+2024.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-DECAY_SHAPES = {
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
     "sqrt": lambda progress: 1 - math.sqrt(progress),

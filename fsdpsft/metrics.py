@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,24 +23,6 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
-
-
-class FlopCount:
-    """FLOPs that the data requires, forward and backward, of a decoder-only model.
-
-    Each weight of a matrix costs 2 FLOPs a token forward and 4 backward (2 where it is frozen); a causal attention
-    layer costs ``6 * H * E * len^2`` a document. The head is charged only for trained tokens, a frozen weight's
-    gradient not at all: what need not be computed does not count as achieved.
-    """
-
-    def __init__(self, *, body: int, frozen_body: int, head: int, layers: int, heads: int, head_size: int) -> None:
-        self.body, self.frozen_body, self.head = body, frozen_body, head
-        self.attention = 6 * layers * heads * head_size
-
-    def __call__(self, tokens: int, trained_tokens: int, squared_lengths: int) -> float:
-        """FLOPs of one optimiser step over documents whose lengths' squares sum up to ``squared_lengths``."""
-        linear = (6 * self.body + 4 * self.frozen_body) * tokens + 6 * self.head * trained_tokens
-        return float(linear + self.attention * squared_lengths)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -101,13 +83,19 @@ class Console:
 
     def __init__(self, total_steps: int, resumed_step: int, lines: bool) -> None:
         self._lines, self._total = lines, total_steps
-        self._bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=None, leave=False)
+        self._bar = tqdm(
+            total=total_steps, initial=resumed_step, desc="training", unit="step", disable=None, leave=False
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Move the bar to ``step`` and print its line."""
         self._bar.update(step - self._bar.n)
         if self._lines:
-            shown = "  ".join(f"{_short(name)} {_figure(name, value)}" for name, value in values.items() if name in _SHOWN or name.startswith("val/"))
+            shown = "  ".join(
+                f"{_short(name)} {_figure(name, value)}"
+                for name, value in values.items()
+                if name in _SHOWN or name.startswith("val/")
+            )
             tqdm.write(f"step {step}/{self._total}  {shown}", file=sys.stderr)
 
     def close(self) -> None:
@@ -119,13 +107,21 @@ _SHOWN = ("epoch", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per
 
 
 def _short(name: str) -> str:
-    return {"perf/tokens_per_second": "tokens/s", "perf/memory_gib": "GiB"}.get(name, name.removeprefix("train/").removeprefix("perf/"))
+    return {"perf/tokens_per_second": "tokens/s", "perf/memory_gib": "GiB"}.get(
+        name, name.removeprefix("train/").removeprefix("perf/")
+    )
 
 
 def _figure(name: str, value: float) -> str:
     if name == "train/lr":
         return f"{value:.2e}"
-    return f"{value:,.0f}" if name == "perf/tokens_per_second" else f"{value:.4g}" if name != "train/loss" else f"{value:.4f}"
+    return (
+        f"{value:,.0f}"
+        if name == "perf/tokens_per_second"
+        else f"{value:.4g}"
+        if name != "train/loss"
+        else f"{value:.4f}"
+    )
 
 
 class TensorBoard:
@@ -135,7 +131,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("trainer.logger has tensorboard, which is not installed: pip install tensorboard") from error
+            raise ConfigError(
+                "trainer.logger has tensorboard, which is not installed: pip install tensorboard"
+            ) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
         self._writer.add_text("config", f"```yaml\n{settings}\n```")  # type: ignore[no-untyped-call]
 
@@ -186,9 +184,15 @@ class Trackers:
 
 
 class Throughput:
-    """Tokens, FLOPs and seconds since the last reading."""
+    """Tokens, FLOPs and seconds since the last reading.
 
-    def __init__(self, device: torch.device, world_size: int, flops: FlopCount) -> None:
+    Args:
+        device: of this process.
+        world_size: devices that the tokens are spread over.
+        flops: FLOPs that (tokens, trained tokens, squared lengths) require, see ``flops.py``.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, flops: Callable[[int, int, int], float]) -> None:
         peak = peak_flops(device)
         self._peak = peak * world_size if peak else None
         self._device, self._flops = device, flops

@@ -35,8 +35,14 @@ class MixedAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float, state_dtype: torch.dtype
-    ) -> None:  # fmt: skip
+        self,
+        groups: list[dict[str, object]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        state_dtype: torch.dtype,
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._state_dtype = state_dtype
 
@@ -55,8 +61,8 @@ class MixedAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=self._state_dtype)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._state_dtype)
                 state["step"] += 1
-                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                _adamw_update(*map(_local, tensors), group, int(state["step"]))
+                moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+                _adamw_update(_local(parameter), _local(parameter.grad), *moments, group, int(state["step"]))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -79,9 +85,14 @@ def _adamw_update(
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
     state_dtype: torch.dtype = torch.float32,
-) -> torch.optim.Optimizer:  # fmt: skip
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters: torch's fused kernel, or ``MixedAdamW`` where moments differ in dtype."""
     groups = parameter_groups(model, weight_decay)
     if all(p.dtype == state_dtype for p in model.parameters() if p.requires_grad):

@@ -78,7 +78,7 @@ def generation_eos(model_path: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = model_path / name
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        eos = content["eos_token_id"] if "eos_token_id" in content else None
+        eos = content.get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (int(eos),)
     return ()
@@ -134,9 +134,9 @@ def check_size(store: TokenStore, config: Config) -> None:
     samples = min(len(store), limit) if limit else len(store)
     if samples < config.data.train_batch_size:
         raise ConfigError(
-            f"data.train_batch_size={config.data.train_batch_size} is more than the {samples} samples of data.train_files"
-            f"{f' (data.train_max_samples={limit})' if limit else ''}: not one batch. Set data.train_batch_size to "
-            f"{samples} or less"
+            f"data.train_batch_size={config.data.train_batch_size} is more than the {samples} samples of "
+            f"data.train_files{f' (data.train_max_samples={limit})' if limit else ''}: not one "
+            f"batch. Set data.train_batch_size to {samples} or less"
         )
 
 
@@ -150,5 +150,7 @@ def _trained_stops(store: TokenStore, tokenizer: PreTrainedTokenizerFast, known:
         found[last] += 1
     missing = tuple(token for token, _ in found.most_common(1) if token in special and token not in known)
     if missing:
-        log.info("%s ends the replies that are trained; it will end generation too", tokenizer.convert_ids_to_tokens(missing))
+        log.info(
+            "%s ends the replies that are trained; it will end generation too", tokenizer.convert_ids_to_tokens(missing)
+        )
     return missing

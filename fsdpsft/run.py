@@ -19,11 +19,12 @@ from fsdpsft.checkpoint import Adapter, CheckpointManager
 from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh
+from fsdpsft.flops import flop_count
 from fsdpsft.hf_export import Handoff
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
-from fsdpsft.model.sft_model import count_parameters, flop_count, resolve_dtype
+from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
@@ -85,7 +86,7 @@ class Run:
             done, done / len(self.loader), tokens=self.recorder.tokens, trained_tokens=self.recorder.trained_tokens,
             config=self.config.as_dict(), data_fingerprint=self.data.train.fingerprint,
         )  # fmt: skip
-        metric = self.recorder.last[t.best_metric] if t.best_metric in self.recorder.last else None
+        metric = self.recorder.last.get(t.best_metric) if t.best_metric else None
         self.checkpoints.save(
             self.model.module.causal_lm, self.optimizer, state, contents=t.save_contents, metric=metric,
             adapter=_adapter(self.model, self.config, self.data), background=t.async_save,
@@ -139,7 +140,8 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
     )  # fmt: skip
     _announce(config, data, model, loader, state, total_steps)
     recorder = Recorder(
-        _trackers(config, mesh, state.step, total_steps), Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
+        _trackers(config, mesh, state.step, total_steps),
+        Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
         data.train.describe, steps_per_epoch=len(loader), log_freq=t.log_freq,
         tokens_seen=state.tokens, trained_tokens_seen=state.trained_tokens,
     )  # fmt: skip
@@ -170,7 +172,8 @@ def make_loader(
 def _handoff(config: Config, data: TrainingData) -> Handoff:
     return Handoff(
         data.model_path, max_shard_bytes=parse_size(config.trainer.max_shard_size), chat_template=data.chat_template,
-        eos_token_ids=data.eos_token_ids, fingerprints={"data": data.train.fingerprint, "encoder": data.encoder.fingerprint},
+        eos_token_ids=data.eos_token_ids,
+        fingerprints={"data": data.train.fingerprint, "encoder": data.encoder.fingerprint},
     )  # fmt: skip
 
 
@@ -179,7 +182,9 @@ def _adapter(model: ParallelModel, config: Config, data: TrainingData) -> Adapte
     if not config.model.uses_lora:
         return None
     return Adapter(
-        lora.merged_state(causal_lm), lora.adapter_state(causal_lm), lora.adapter_config(causal_lm, str(data.model_path))
+        lora.merged_state(causal_lm),
+        lora.adapter_state(causal_lm),
+        lora.adapter_config(causal_lm, str(data.model_path)),
     )
 
 
@@ -246,7 +251,9 @@ def _announce(
         model.mesh.device.type, model.mesh.dp_size, model.mesh.sp_size, str(model.compute_dtype).removeprefix("torch."),
     )  # fmt: skip
     if state.step >= total_steps:
-        log.info("already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps)
+        log.info(
+            "already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps
+        )
     elif state.step:
         log.info("resuming at step %d of %d", state.step, total_steps)
     else:

@@ -38,7 +38,9 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was as
 
     def __init__(self, step: int) -> None:
         """Remember after which ``step`` the run stopped."""
-        super().__init__(f"stopped by request after step {step}; it is saved, and goes on from there when started again")
+        super().__init__(
+            f"stopped by request after step {step}; it is saved, and goes on from there when started again"
+        )
         self.step = step
 
 
@@ -61,7 +63,7 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        """Take over the signals; on another thread than the main one that is not possible, and they stay as they are."""
+        """Take over the signals; possible on the main thread only, on any other they stay as they are."""
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in self.SIGNALS:

@@ -1,4 +1,4 @@
-"""Helpers for tests and for trying things without a GPU: gloo process groups, tiny models, a tokenizer made on the spot."""
+"""Helpers for tests and for trying things without a GPU: gloo processes, tiny models, a tokenizer made on the spot."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -24,13 +24,52 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = (
-    "system user assistant tool You are a helpful assistant. What is the sum of twelve and thirty-four? "
-    "The answer is 46. Let me think step by step about it, then write the result after four hashes. #### 0123456789 "
-).split(" ")
+CORPUS = [
+    "system",
+    "user",
+    "assistant",
+    "tool",
+    "You",
+    "are",
+    "a",
+    "helpful",
+    "assistant.",
+    "What",
+    "is",
+    "the",
+    "sum",
+    "of",
+    "twelve",
+    "and",
+    "thirty-four?",
+    "The",
+    "answer",
+    "is",
+    "46.",
+    "Let",
+    "me",
+    "think",
+    "step",
+    "by",
+    "step",
+    "about",
+    "it,",
+    "then",
+    "write",
+    "the",
+    "result",
+    "after",
+    "four",
+    "hashes.",
+    "####",
+    "0123456789",
+    "",
+]
 
 
-def tiny_tokenizer(template: str | None = CHATML, corpus: Iterable[str] = CORPUS, vocab_size: int = 384) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    template: str | None = CHATML, corpus: Iterable[str] = CORPUS, vocab_size: int = 384
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that can spell any text; stop token ``<|im_end|>``, pad ``<|endoftext|>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -107,7 +146,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _worker(rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -128,5 +169,5 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     is raised here with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(function, world_size, free_port(), folder, args), nprocs=world_size, join=True)
+        spawn(_worker, (function, world_size, free_port(), folder, args), world_size)  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -1,6 +1,6 @@
 """The training run: ``main()`` for the command line, ``train(config)`` for Python, the loop and the step.
 
-    torchrun --nproc_per_node=2 -m fsdpsft.train data.train_files=chats.parquet model.partial_pretrain=path/to/model
+torchrun --nproc_per_node=2 -m fsdpsft.train data.train_files=chats.parquet model.partial_pretrain=path/to/model
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train_step(
         for i, micro_batch in enumerate(step.micro_batches):
             model.sync_gradients(sync_every or i == last)
             loss_sum, _ = model(micro_batch)
-            (loss_sum / step.loss_denominator).backward()
+            (loss_sum / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
             loss += loss_sum.detach() / step.loss_denominator
     grad_norm = clip_grad_norm(model.module.parameters(), clip_grad)
     optimizer.step()

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real data sets, for the tests that want them; they skip where it is absent."""
-    named = os.environ["FSDPSFT_TEST_DATA"] if "FSDPSFT_TEST_DATA" in os.environ else None
+    named = os.environ.get("FSDPSFT_TEST_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no real data here; set FSDPSFT_TEST_DATA to a folder with gsm8k/ and sharegpt/")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fsdpsft.config import CHOICES, CONF_DIR, RANGES, _EFFECTIVE, default_values, load_config, schema_keys
+from fsdpsft.config import CONF_DIR, default_values, load_config
+from fsdpsft.config_rules import _EFFECTIVE, CHOICES, RANGES
+from fsdpsft.config_schema import schema_keys
 from fsdpsft.errors import ConfigError
 
 NEEDED = ["data.train_files=a.parquet", "model.partial_pretrain=some/model"]
@@ -77,7 +79,7 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
 
 
 def test_missing_keys_are_named() -> None:
-    with pytest.raises(ConfigError, match="data.train_files is not set.*model.partial_pretrain is not set"):
+    with pytest.raises(ConfigError, match=r"data.train_files is not set.*model.partial_pretrain is not set"):
         load_config([])
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
 
 
-def slow_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, formula: HeadFormula):
+def slow_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, formula: HeadFormula
+):
     logits = hidden @ weight.t() + (0 if bias is None else bias)
     logits = logits * formula.scale
     if formula.softcap is not None:
@@ -30,7 +32,9 @@ def inputs(dtype: torch.dtype, with_bias: bool, positions: int = 37):
     return leaves, targets, weights.to(torch.float32)
 
 
-@pytest.mark.parametrize("formula", [HeadFormula(), HeadFormula(scale=0.25), HeadFormula(softcap=3.0), HeadFormula(0.5, 2.0)])
+@pytest.mark.parametrize(
+    "formula", [HeadFormula(), HeadFormula(scale=0.25), HeadFormula(softcap=3.0), HeadFormula(0.5, 2.0)]
+)
 @pytest.mark.parametrize("chunk_size", [1, 7, 37, 1000])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_full_logits(formula: HeadFormula, chunk_size: int, with_bias: bool) -> None:
@@ -74,4 +78,6 @@ def test_evaluation_needs_no_gradient() -> None:
     (hidden, weight, _), targets, weights = inputs(torch.float32, False)
     with torch.no_grad():
         loss, _ = cross_entropy_sum(hidden, weight, None, targets, weights, chunk_size=5)
-    assert loss.item() == pytest.approx(slow_loss(hidden, weight, None, targets, weights, HeadFormula())[0].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        slow_loss(hidden, weight, None, targets, weights, HeadFormula())[0].item(), rel=1e-5
+    )

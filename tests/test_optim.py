@@ -42,7 +42,7 @@ def test_equals_the_formula(dtype: torch.dtype, state_dtype: torch.dtype, tolera
     model, slow_model = small_model(dtype), small_model(torch.float64)
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, state_dtype=state_dtype)
     assert isinstance(optimizer, MixedAdamW) == (dtype != state_dtype)
-    slow = SlowAdamW([p for p in slow_model.parameters()], (0.9, 0.95), 1e-8, 0.1)
+    slow = SlowAdamW(list(slow_model.parameters()), (0.9, 0.95), 1e-8, 0.1)
     for step in range(5):
         set_lr(optimizer, 1e-2 / (step + 1))
         for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
@@ -59,7 +59,9 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
     first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert clip_grad_norm([first, second], 1.0).item() == pytest.approx(5.0)
-    assert first.grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-5) and second.grad.item() == pytest.approx(0.8, rel=1e-5)
+    assert first.grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-5) and second.grad.item() == pytest.approx(
+        0.8, rel=1e-5
+    )
 
 
 def test_no_clipping_below_the_bound_or_without_one() -> None:

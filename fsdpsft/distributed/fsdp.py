@@ -16,9 +16,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 
 def shard_model(
-    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype,
-    reduce_dtype: torch.dtype, reshard_after_forward: bool, offload: bool, min_num_params: int = 0,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    offload: bool,
+    min_num_params: int = 0,
+) -> None:
     """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
 
     Args:
@@ -36,8 +43,12 @@ def shard_model(
     for block in blocks:
         if sum(p.numel() for p in block.parameters()) >= min_num_params:
             fully_shard(
-                block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, offload_policy=offload_policy
-            )  # fmt: skip
+                block,
+                mesh=mesh,
+                reshard_after_forward=reshard_after_forward,
+                mp_policy=policy,
+                offload_policy=offload_policy,
+            )
     # The root's weights are wanted again at once, by the backward of the head: never free them in between.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
     for module in model.modules():
@@ -85,7 +96,7 @@ class MasterWeights:
             working.grad = None
 
         if master.requires_grad:
-            copy.register_post_accumulate_grad_hook(add_gradient)
+            copy.register_post_accumulate_grad_hook(add_gradient)  # type: ignore[no-untyped-call]
         return copy
 
     def refresh(self) -> None:

@@ -1,0 +1,1 @@
+"""The Hugging Face model: loading, attention, head, adapters. Knows nothing of processes."""

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdpsft.errors import ModelError
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
-from fsdpsft.metrics import FlopCount
 from fsdpsft.model.head import head_of
 
 
@@ -86,7 +85,9 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     # Experts of a mixture are ModuleLists too, but inside a block: the outermost list comes first in `modules()`.
     if not lists:
-        raise ModelError(f"{type(model).__name__} holds no list of decoder blocks, so it cannot be sharded block by block")
+        raise ModelError(
+            f"{type(model).__name__} holds no list of decoder blocks, so it cannot be sharded block by block"
+        )
     return list(lists[0])
 
 
@@ -94,20 +95,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of all and of trainable parameters, tied weights counted once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-
-
-def flop_count(model: SFTModel) -> FlopCount:
-    """What the model's matrices cost a token; embeddings are looked up, not multiplied."""
-    lm = model.causal_lm
-    config, head = lm.config.get_text_config(), model.head.module
-    apart = {id(p) for module in (lm.get_input_embeddings(), head) for p in module.parameters()}
-    matrices = [(p.numel(), p.requires_grad) for p in model.parameters() if p.ndim >= 2 and id(p) not in apart]
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return FlopCount(
-        body=sum(n for n, trained in matrices if trained), frozen_body=sum(n for n, trained in matrices if not trained),
-        head=model.head.weight.numel(), layers=config.num_hidden_layers, heads=heads, head_size=head_size,
-    )  # fmt: skip
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -31,10 +31,14 @@ def write_rows(path: Path, rows: list[object]) -> Path:
 
 def complaint(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
     """Run the command, expect failure, and return what it wrote."""
-    code = main([
-        "data.train_batch_size=4", f"data.cache_dir={folder / 'cache'}", f"trainer.default_local_dir={folder / 'out'}",
-        *overrides,
-    ])  # fmt: skip
+    code = main(
+        [
+            "data.train_batch_size=4",
+            f"data.cache_dir={folder / 'cache'}",
+            f"trainer.default_local_dir={folder / 'out'}",
+            *overrides,
+        ]
+    )
     text = capsys.readouterr().err
     assert code == 1 and "error: " in text and "Traceback" not in text
     assert not (folder / "out").exists(), "nothing is written before the settings are known to work"
@@ -45,10 +49,16 @@ ROW_FAULTS = {
     "null response": ([GOOD] * 5 + [{"question": "q", "answer": None}], [r"row 5", "answer", "null|None"]),
     "empty response": ([GOOD] * 5 + [{"question": "q", "answer": "  "}], [r"row 5", "answer", "empty|blank"]),
     "no assistant": ([{"messages": [{"role": "user", "content": "hi"}]}] * 5, [r"row 0", "assistant"]),
-    "unknown role": ([{"messages": [{"role": "wizard", "content": "hi"}, {"role": "assistant", "content": "x"}]}] * 5, ["row 0", "wizard"]),
-    "too long": ([GOOD] * 5 + [{"question": "q", "answer": "word " * 2000}], [r"row 5", "max_length|1024", "truncation"]),
+    "unknown role": (
+        [{"messages": [{"role": "wizard", "content": "hi"}, {"role": "assistant", "content": "x"}]}] * 5,
+        ["row 0", "wizard"],
+    ),
+    "too long": (
+        [GOOD] * 5 + [{"question": "q", "answer": "word " * 2000}],
+        [r"row 5", "max_length|1024", "truncation"],
+    ),
     "fewer rows than a batch": ([GOOD] * 3, ["data.train_batch_size=4", "3 samples"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROW_FAULTS)
@@ -63,7 +73,9 @@ def test_rows(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_missing_column_lists_those_there_are(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"ask": ["q"] * 5, "reply": ["a"] * 5}), path)
-    text = complaint(capsys, tmp_path, f"data.train_files={path}", f"model.partial_pretrain={model}", "data.prompt_key=prompt")
+    text = complaint(
+        capsys, tmp_path, f"data.train_files={path}", f"model.partial_pretrain={model}", "data.prompt_key=prompt"
+    )
     assert "prompt" in text and "ask" in text and "reply" in text and "rows.parquet" in text
 
 
@@ -72,7 +84,9 @@ def test_missing_and_empty_files(model: Path, tmp_path: Path, capsys: pytest.Cap
     text = complaint(capsys, tmp_path, f"data.train_files={tmp_path / 'chat.jsonl'}", f"model.partial_pretrain={model}")
     assert "chat.jsonl" in text and "chats.jsonl" in text
     (tmp_path / "empty.jsonl").touch()
-    text = complaint(capsys, tmp_path, f"data.train_files={tmp_path / 'empty.jsonl'}", f"model.partial_pretrain={model}")
+    text = complaint(
+        capsys, tmp_path, f"data.train_files={tmp_path / 'empty.jsonl'}", f"model.partial_pretrain={model}"
+    )
     assert "empty.jsonl" in text and "empty" in text
 
 
@@ -94,7 +108,9 @@ def test_base_model_without_template(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_role_that_the_template_rejects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+    )
     model = save_tiny_model(tmp_path / "model", tiny_tokenizer(template=template))
     turns = [{"role": r, "content": "x y"} for r in ("system", "user", "assistant")]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": turns[1:]}] * 2 + [{"messages": turns}] * 3)
@@ -102,7 +118,9 @@ def test_role_that_the_template_rejects(tmp_path: Path, capsys: pytest.CaptureFi
     assert "row 2" in text and "no system role here" in text
 
 
-def test_more_sequence_parallelism_than_processes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_sequence_parallelism_than_processes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [GOOD] * 5)
     overrides = [f"data.train_files={path}", f"model.partial_pretrain={model}", "ulysses_sequence_parallel_size=2"]
     text = complaint(capsys, tmp_path, *overrides)
@@ -113,11 +131,22 @@ def test_told_once_under_torchrun(model: Path, tmp_path: Path) -> None:
     """8 Ulysses ranks need 8 heads; this model has 4. Two processes say so once, with exit code 1."""
     path = write_rows(tmp_path / "rows.jsonl", [GOOD] * 5 + [{"question": "q", "answer": None}])
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fsdpsft.train",
-        f"data.train_files={path}", f"model.partial_pretrain={model}", "data.train_batch_size=4",
-        f"data.cache_dir={tmp_path / 'cache'}", f"trainer.default_local_dir={tmp_path / 'out'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "fsdpsft.train",
+        f"data.train_files={path}",
+        f"model.partial_pretrain={model}",
+        "data.train_batch_size=4",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"trainer.default_local_dir={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "row 5" in done.stderr

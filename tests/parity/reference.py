@@ -51,11 +51,20 @@ class SlowAdamW:
 
 
 def train_reference(
-    model_path: Path, batches: Sequence[Sequence[Row]], lr_of: Callable[[int], float], *, betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8, weight_decay: float = 0.01, clip: float = 1.0, wrap: Callable[[nn.Module], nn.Module] = lambda m: m,
-) -> dict[str, Any]:  # fmt: skip
+    model_path: Path,
+    batches: Sequence[Sequence[Row]],
+    lr_of: Callable[[int], float],
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    wrap: Callable[[nn.Module], nn.Module] = lambda m: m,
+) -> dict[str, Any]:
     """Train on given batches of rows and return losses, gradient norms before clipping, and the final weights."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     model = wrap(model).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = SlowAdamW(parameters, betas, eps, weight_decay)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
@@ -30,23 +31,58 @@ ROWS, BATCH, STEPS, LR, SEED = 44, 8, 12, 2e-3, 3  # the last batch of an epoch 
 EPS = 1e-5
 
 BASE = [
-    f"data.train_batch_size={BATCH}", "data.max_length=64", "data.micro_batch_size_per_gpu=2", f"trainer.seed={SEED}",
-    f"trainer.total_training_steps={STEPS}", f"optim.lr={LR}", f"optim.eps={EPS}", "optim.lr_scheduler=linear",
-    "optim.warmup_steps=2", "optim.clip_grad=0.5", "optim.weight_decay=0.1", "trainer.save_freq=-1",
-    "trainer.resume_mode=disable", "trainer.async_save=false", "model.enable_gradient_checkpointing=none",
-]  # fmt: skip
+    f"data.train_batch_size={BATCH}",
+    "data.max_length=64",
+    "data.micro_batch_size_per_gpu=2",
+    f"trainer.seed={SEED}",
+    f"trainer.total_training_steps={STEPS}",
+    f"optim.lr={LR}",
+    f"optim.eps={EPS}",
+    "optim.lr_scheduler=linear",
+    "optim.warmup_steps=2",
+    "optim.clip_grad=0.5",
+    "optim.weight_decay=0.1",
+    "trainer.save_freq=-1",
+    "trainer.resume_mode=disable",
+    "trainer.async_save=false",
+    "model.enable_gradient_checkpointing=none",
+]
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2-tied-gqa": {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen2-14-2": {"model_type": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 112, "tie_word_embeddings": False},
+    "qwen2-14-2": {
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_size": 112,
+        "tie_word_embeddings": False,
+    },
     "qwen3-28-4": {"model_type": "qwen3", "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 8},
     "llama-mha-untied": {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0, "query_pre_attn_scalar": 16},
-    "gemma3": {"model_type": "gemma3_text", "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
     "mistral-window": {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": False},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": None, "tie_word_embeddings": False},
-    "mixtral-moe": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False},
-}  # fmt: skip
+    "mixtral-moe": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def ragged_rows() -> list[Row]:
@@ -68,7 +104,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "rows.jsonl").write_text("\n".join(lines))
     for name, settings in FAMILIES.items():
         save_tiny_model(path / name, **settings)
+    adapter(path)
     return path
+
+
+def adapter(path: Path) -> None:
+    """An adapter whose B is not zero, so that A has a gradient from the first step."""
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(path / "qwen2-tied-gqa")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(path / "adapter")
 
 
 def reference_batches() -> list[list[Row]]:
@@ -85,10 +130,18 @@ def reference(model: Path) -> dict[str, Any]:
 
 
 def run_case(folder: Path, family: str, name: str, overrides: Sequence[str]) -> None:
-    run_training(load_config([
-        *BASE, f"data.train_files={folder / 'rows.jsonl'}", f"model.partial_pretrain={folder / family}",
-        f"data.cache_dir={folder / 'cache'}", f"trainer.default_local_dir={folder / 'out' / name}", *overrides,
-    ]))  # fmt: skip
+    run_training(
+        load_config(
+            [
+                *BASE,
+                f"data.train_files={folder / 'rows.jsonl'}",
+                f"model.partial_pretrain={folder / family}",
+                f"data.cache_dir={folder / 'cache'}",
+                f"trainer.default_local_dir={folder / 'out' / name}",
+                *(override.format(folder=folder) for override in overrides),
+            ]
+        )
+    )
 
 
 def run_cases(folder: Path, cases: Sequence[tuple[str, str, Sequence[str]]]) -> None:
@@ -108,12 +161,36 @@ def assert_equals_reference(folder: Path, family: str, name: str) -> None:
     assert len(losses) == STEPS
     np.testing.assert_allclose(losses, expected["losses"], rtol=1e-5)
     np.testing.assert_allclose(norms, expected["norms"], rtol=1e-5)
-    exported = load_file(folder / "out" / name / "model.safetensors")
-    weights = expected["weights"]
-    for key in exported.keys() & weights.keys():
-        change = (exported[key].double() - weights[key]).norm() / weights[key].norm().clamp_min(1e-3)
+    exported = AutoModelForCausalLM.from_pretrained(folder / "out" / name).named_parameters()
+    weights = dict(expected["weights"])
+    for key, value in exported:
+        change = (value.double() - weights[key]).norm() / weights.pop(key).norm().clamp_min(1e-3)
         assert change < 1e-5, f"{key} is off by {change:.1e}"
-    assert len(exported.keys() & weights.keys()) >= len(weights) - 2  # experts are stored apart from how they are held
+    assert not weights, "not exported"
+
+
+def assert_equals_lora_reference(folder: Path, name: str) -> None:
+    schedule = LRSchedule("linear", STEPS, warmup_steps=2)
+    expected = train_reference(
+        folder / "qwen2-tied-gqa",
+        reference_batches(),
+        lambda step: LR * schedule(step),
+        eps=EPS,
+        weight_decay=0.1,
+        clip=0.5,
+        wrap=lambda m: PeftModel.from_pretrained(
+            m, folder / "adapter", is_trainable=True, autocast_adapter_dtype=False
+        ).double(),
+    )
+    losses, norms = curves(folder, name)
+    np.testing.assert_allclose(losses, expected["losses"], rtol=1e-5)
+    np.testing.assert_allclose(norms, expected["norms"], rtol=1e-5)
+    saved = load_file(folder / "out" / name / f"global_step_{STEPS}" / "lora_adapter" / "adapter_model.safetensors")
+    trained = {n.replace(".default.weight", ".weight"): p for n, p in expected["weights"].items() if "lora_" in n}
+    assert saved.keys() == trained.keys()
+    for key, value in saved.items():
+        change = (value.double() - trained[key]).norm() / trained[key].norm()
+        assert change < 1e-5, f"{key} is off by {change:.1e}"
 
 
 ONE_PROCESS = {
@@ -124,14 +201,23 @@ ONE_PROCESS = {
     "padded-large": ["use_remove_padding=false", "data.micro_batch_size_per_gpu=5"],
     "unbalanced": ["data.balance_dp_token=false"],
     "small-head-chunks": ["model.head_chunk_tokens=3"],
-    "tiles-and-offload": ["model.enable_gradient_checkpointing=full", "model.mlp_tiles=3", "model.activation_offload=true"],
-}  # fmt: skip
+    "tiles-and-offload": [
+        "model.enable_gradient_checkpointing=full",
+        "model.mlp_tiles=3",
+        "model.activation_offload=true",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_one_process(folder: Path, name: str) -> None:
     run_case(folder, "qwen2-tied-gqa", name, ONE_PROCESS[name])
     assert_equals_reference(folder, "qwen2-tied-gqa", name)
+
+
+def test_lora_on_one_process(folder: Path) -> None:
+    run_case(folder, "qwen2-tied-gqa", "lora", ["model.lora_adapter_path={folder}/adapter"])
+    assert_equals_lora_reference(folder, "lora")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen2-tied-gqa"])
@@ -142,7 +228,10 @@ def test_families(folder: Path, family: str) -> None:
 
 TWO = {
     "fsdp": ("qwen2-tied-gqa", []),
-    "fsdp-zero2-full-ac": ("llama-mha-untied", ["model.fsdp_config.reshard_after_forward=false", "model.enable_gradient_checkpointing=full"]),
+    "fsdp-zero2-full-ac": (
+        "llama-mha-untied",
+        ["model.fsdp_config.reshard_after_forward=false", "model.enable_gradient_checkpointing=full"],
+    ),
     "fsdp-sync-last": ("qwen2-tied-gqa", ["model.fsdp_config.gradient_sync=last"]),
     "fsdp-padded": ("qwen2-tied-gqa", ["use_remove_padding=false"]),
     "fsdp-gemma2": ("gemma2", ["model.enable_gradient_checkpointing=full"]),
@@ -152,16 +241,27 @@ TWO = {
     "sp2-window": ("mistral-window", ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=full"]),
     "sp2-gemma3": ("gemma3", ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=selective"]),
     "hsdp2": ("qwen3-28-4", ["model.fsdp_config.replicate_size=2"]),
-}  # fmt: skip
+    "lora-fsdp": (
+        "qwen2-tied-gqa",
+        ["model.lora_adapter_path={folder}/adapter", "model.enable_gradient_checkpointing=selective"],
+    ),
+    "lora-sp2": ("qwen2-tied-gqa", ["model.lora_adapter_path={folder}/adapter", "ulysses_sequence_parallel_size=2"]),
+}
 
 FOUR = {
     "fsdp4": ("qwen2-tied-gqa", ["data.micro_batch_size_per_gpu=4"]),
-    "hsdp2x2": ("qwen2-tied-gqa", ["model.fsdp_config.replicate_size=2", "model.enable_gradient_checkpointing=selective"]),
+    "hsdp2x2": (
+        "qwen2-tied-gqa",
+        ["model.fsdp_config.replicate_size=2", "model.enable_gradient_checkpointing=selective"],
+    ),
     "sp4-uneven-14-2": ("qwen2-14-2", ["ulysses_sequence_parallel_size=4"]),
     "sp4-28-4": ("qwen3-28-4", ["ulysses_sequence_parallel_size=4", "model.enable_gradient_checkpointing=full"]),
-    "fsdp2-sp2": ("llama-mha-untied", ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=selective"]),
+    "fsdp2-sp2": (
+        "llama-mha-untied",
+        ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=selective"],
+    ),
     "hsdp2-sp2": ("gemma2", ["ulysses_sequence_parallel_size=2", "model.fsdp_config.replicate_size=2"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +278,10 @@ def four_processes(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes(two_processes: Path, name: str) -> None:
-    assert_equals_reference(two_processes, TWO[name][0], name)
+    if name.startswith("lora"):
+        assert_equals_lora_reference(two_processes, name)
+    else:
+        assert_equals_reference(two_processes, TWO[name][0], name)
 
 
 @pytest.mark.parametrize("name", FOUR)
