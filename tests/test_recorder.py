@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fsdpsft.data.loader import Step
-from fsdpsft.metrics import FlopCount, Throughput, Trackers
+from fsdpsft.flops import FlopCount
+from fsdpsft.metrics import Throughput, Trackers
 from fsdpsft.recorder import NonFiniteError, Recorder, StepStats
 
 

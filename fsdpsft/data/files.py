@@ -209,7 +209,7 @@ def _read_csv(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
 
 def _csv_rows(lines: Any, path: str, on_error: RowFault) -> Iterator[dict[str, Any] | None]:
     """The rows below the header; one with another number of cells goes to ``on_error`` and comes as None."""
-    header = next(lines, [])
+    header: list[str] = next(lines, [])
     if not header or len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}: the first line must name each column once, found {header}")
     for index, cells in enumerate(cells for cells in lines if cells):

@@ -142,7 +142,7 @@ def _fits(columns: Sequence[str], options: RowFormat) -> list[tuple[str, tuple[s
     for name in MESSAGE_COLUMNS:
         if name in there:
             return [("messages", (name,))]
-    pairs = [("prompt_response", pair) for pair in PAIRS if there.issuperset(pair)]
+    pairs: list[tuple[str, tuple[str, ...]]] = [("prompt_response", pair) for pair in PAIRS if there.issuperset(pair)]
     if there.issuperset(("instruction", "output")):
         return [("alpaca", ("instruction", "output")), *(fit for fit in pairs if fit[1] != ("input", "output"))]
     return pairs
@@ -347,7 +347,8 @@ def _from_labels(value: Any, ids: np.ndarray) -> np.ndarray:
         hint = "they look shifted by one already; " if not shifted.any() else ""
         problem = f"{hint}position {position} has {labels[position]}, expected the input id {ids[position]} or -100"
         raise fault("bad tokens", "labels", problem, "labels stand at the token they name, unshifted")
-    return trained.astype(np.float32)
+    weights: np.ndarray = trained.astype(np.float32)
+    return weights
 
 
 READERS = {
