@@ -13,8 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fsdpsft.checkpoint import CheckpointManager
 from fsdpsft.errors import CheckpointError, ModelError
-from fsdpsft.hf_export import Handoff, StoredDtypes, carried_files, named_tensors, source_template
+from fsdpsft.hf_export import (
+    Handoff,
+    StoredDtypes,
+    carried_files,
+    named_tensors,
+    plan_export,
+    prove_model,
+    source_template,
+)
 from fsdpsft.storage.files import write_json
+from fsdpsft.storage.pieces import piece_of
 from fsdpsft.testing import CHATML, save_tiny_model, tiny_model, tiny_tokenizer
 from fsdpsft.training_state import TrainState
 
@@ -24,8 +33,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
     "deepseek_v3": {
         "n_routed_experts": 4, "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 2, "topk_group": 1,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_key_value_heads": 4,
     },
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }  # fmt: skip
@@ -165,3 +174,18 @@ def test_a_new_template_reaches_every_reader(source, tmp_path, form) -> None:
     held = json.loads((path / "tokenizer_config.json").read_text()).get("chat_template")
     named = [{"name": "default", "template": "new"}, {"name": "rag", "template": "x"}]
     assert held == {"file": None, "none": None, "key": "new", "list": named}[form]
+
+
+def test_the_proof_sees_stop_tokens_dtypes_and_keys_go_wrong(source, tmp_path) -> None:
+    model, handoff = load(source), Handoff(source, eos_token_ids=(2,))
+    path = export(model, handoff, tmp_path / "run")
+    pieces = {name: piece_of(name, tensor, 0) for name, tensor in named_tensors(model).items()}
+    files = plan_export(model, pieces, handoff)
+    assert prove_model(path, files, handoff, tied=True)["eos_token_id"] == [2]
+    with pytest.raises(CheckpointError, match=r"stops at \[2\] but training ends turns with \[9\]"):
+        prove_model(path, files, Handoff(source, eos_token_ids=(9,)), tied=True)
+    with pytest.raises(CheckpointError, match=r"float32 .* expected"):
+        prove_model(path, plan_export(model, pieces, Handoff(source, dtype=torch.float16)), handoff, tied=True)
+    del pieces["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"\['model\.norm\.weight'\] differ"):
+        prove_model(path, plan_export(model, pieces, handoff), handoff, tied=True)
