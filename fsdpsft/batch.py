@@ -77,7 +77,9 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def pack(samples: Sequence[Sample], *, pad_token_id: int, pad_to_multiple: int = 1, padded: bool = False) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample], *, pad_token_id: int, pad_to_multiple: int = 1, padded: bool = False
+) -> PackedBatch:
     """Lay samples out as one micro-batch and shift the labels, here and nowhere else.
 
     Args:
@@ -92,7 +94,11 @@ def pack(samples: Sequence[Sample], *, pad_token_id: int, pad_to_multiple: int =
     lengths = [len(s.input_ids) for s in samples]
     if padded and samples:
         stride = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
-        starts, seqlens, total = [i * stride for i in range(len(samples))], [stride] * len(samples), stride * len(samples)
+        starts, seqlens, total = (
+            [i * stride for i in range(len(samples))],
+            [stride] * len(samples),
+            stride * len(samples),
+        )
     else:
         used = sum(lengths)
         total = max(-(-used // pad_to_multiple), 1) * pad_to_multiple

@@ -42,7 +42,9 @@ def _chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return normaliser - logits.gather(1, targets[:, None]).squeeze(1), normaliser
 
 
-def _logits_gradient(logits: Tensor, normaliser: Tensor, targets: Tensor, weights: Tensor, formula: HeadFormula) -> Tensor:
+def _logits_gradient(
+    logits: Tensor, normaliser: Tensor, targets: Tensor, weights: Tensor, formula: HeadFormula
+) -> Tensor:
     """Turn logits [m, V] into the gradient of the weighted loss before the formula, in place where it can be."""
     inner = 1 - (logits / formula.softcap).square() if formula.softcap is not None else None
     gradient = logits.sub_(normaliser[:, None]).exp_()
