@@ -100,6 +100,7 @@ class ModelConfig:
     compile: bool
     dtype: str
     head_chunk_tokens: int
+    trim_last_block: bool
     lora_rank: int
     lora_alpha: int
     lora_dropout: float

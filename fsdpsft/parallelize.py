@@ -1,6 +1,6 @@
 """The one place that states the order in which a model is made parallel.
 
-    LoRA -> kernels -> attention -> activation checkpointing -> compile -> FSDP2 -> weights
+    LoRA -> kernels -> attention -> last block -> activation checkpointing -> compile -> FSDP2 -> weights
 
 LoRA first, as it changes which modules exist. Checkpointing inside compile, so that the compiler sees what is
 recomputed. FSDP last, around whole blocks; then each process reads only its rows of the weights.
@@ -26,6 +26,7 @@ from fsdpsft.model import kernels, lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
+from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_blocks, resolve_dtype
 
@@ -38,6 +39,7 @@ class ParallelModel:
         module: the root module, sharded where there are several processes.
         attend: the attention backend, inside the Ulysses exchange where there is one.
         masters: stands between master weights and compute dtype for one process; None where FSDP does that.
+        trimmed: whether the last block computes trained positions only.
     """
 
     module: SFTModel
@@ -45,17 +47,31 @@ class ParallelModel:
     attend: Attend
     masters: MasterWeights | None
     compute_dtype: torch.dtype
+    trimmed: bool = False
 
-    def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Loss sum (scalar) and token losses [m'] of this process's part of ``batch``."""
-        return self.module(self.inputs(batch))  # type: ignore[no-any-return]
+    def __call__(self, batch: PackedBatch, sources: int = 1) -> tuple[Tensor, Tensor]:
+        """Run this process's part of ``batch``.
 
-    def inputs(self, batch: PackedBatch) -> ModelInput:
-        """What this process feeds its model: the whole batch, or its slice under Ulysses."""
+        Returns:
+            The weighted loss sum (scalar, with gradient), and the unweighted sum of token losses by source [sources].
+        """
+        local = self.local(batch)
+        loss_sum, token_losses = self.module(self.inputs(batch, local))
+        return loss_sum, token_losses.new_zeros(sources).index_add_(0, local.sources, token_losses)
+
+    def local(self, batch: PackedBatch) -> ulysses.LocalBatch:
+        """This process's part of a batch, on its device: the whole of it, or its slice under Ulysses."""
+        local = ulysses.shard(batch, self.mesh.sp_rank, self.mesh.sp_size)
+        if self.mesh.device.type == "cuda":
+            local = local.pin_memory()  # a copy from pageable memory would make the host wait
+        return local.to(self.mesh.device)
+
+    def inputs(self, batch: PackedBatch, local: ulysses.LocalBatch) -> ModelInput:
+        """What this process feeds its model."""
         mesh = self.mesh
-        local = ulysses.shard(batch, mesh.sp_rank, mesh.sp_size).to(mesh.device)
+        wanted = local.trained_index if self.trimmed and len(local.trained_index) else None
         return ModelInput(
-            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, mesh.device),
+            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, mesh.device, wanted),
             local.trained_index, local.targets, local.loss_weights,
             exchange=partial(ulysses.spread, plan=local.plan, group=mesh.sp_group) if mesh.sp_group else None,
         )  # fmt: skip
@@ -101,8 +117,12 @@ def build_model(
     attend = backend.attend if mesh.sp_group is None else ulysses.sequence_parallel(backend.attend, mesh.sp_group)
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
+    trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
     activation_checkpoint.apply(
-        blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload, mlp_tiles=settings.mlp_tiles
+        blocks,
+        settings.enable_gradient_checkpointing,
+        offload=settings.activation_offload,
+        mlp_tiles=settings.mlp_tiles,
     )
     if settings.compile:
         for block in blocks:
@@ -110,7 +130,7 @@ def build_model(
     _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
-    return ParallelModel(module.train(), mesh, attend, masters, dtype)
+    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed)
 
 
 def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
@@ -121,7 +141,9 @@ def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype,
     config = load_model_config(path, trust_remote_code=settings.trust_remote_code)
     if layers is not None:
         cut_layers(config, layers)
-    stored = compute_dtype if settings.uses_lora else resolve_dtype(settings.fsdp_config.model_dtype, torch.device("cpu"))
+    stored = (
+        compute_dtype if settings.uses_lora else resolve_dtype(settings.fsdp_config.model_dtype, torch.device("cpu"))
+    )
     causal_lm = build_meta_model(
         config, attn_implementation=IMPLEMENTATION, dtype=stored, trust_remote_code=settings.trust_remote_code
     )
@@ -152,7 +174,9 @@ def _shard(module: SFTModel, blocks: list[nn.Module], settings: ModelConfig, mes
     )  # fmt: skip
 
 
-def _fill(causal_lm: PreTrainedModel, path: Path, settings: ModelConfig, mesh: Mesh, seed: int, *, strict: bool) -> None:
+def _fill(
+    causal_lm: PreTrainedModel, path: Path, settings: ModelConfig, mesh: Mesh, seed: int, *, strict: bool
+) -> None:
     where = torch.device("cpu") if settings.fsdp_config.offload_params else mesh.device
     load_weights(causal_lm, path, device=where, buffer_device=mesh.device, strict=strict)
     if settings.uses_lora:

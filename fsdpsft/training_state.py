@@ -207,7 +207,7 @@ HARMLESS = (
     "data.num_workers", "data.cache_dir", "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu",
     "data.balance_dp_token", "data.val_files", "data.val_max_samples", "model.strategy", "model.compile",
     "model.use_liger", "model.attn_implementation", "model.enable_gradient_checkpointing",
-    "model.activation_offload", "model.mlp_tiles", "model.head_chunk_tokens",
+    "model.activation_offload", "model.mlp_tiles", "model.head_chunk_tokens", "model.trim_last_block",
     "model.fsdp_config.reshard_after_forward", "model.fsdp_config.replicate_size",
     "model.fsdp_config.gradient_sync", "model.fsdp_config.offload_params", "model.fsdp_config.wrap_policy",
     "ulysses_sequence_parallel_size", "use_remove_padding", "trainer.default_local_dir", "trainer.default_hdfs_dir",

@@ -58,7 +58,7 @@ class SFTModel(nn.Module):
         self.head_chunk_tokens = head_chunk_tokens
 
     def hidden_states(self, batch: ModelInput) -> Tensor:
-        """Final hidden states [R, S, D]."""
+        """Final hidden states [R, S, D]; of the wanted positions alone, [1, m, D], where the last block is trimmed."""
         output = self.causal_lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_context=batch.attention_context,
             use_cache=False,
@@ -67,7 +67,9 @@ class SFTModel(nn.Module):
 
     def forward(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """Weighted sum of the losses at trained positions (float32 scalar), and each one's loss [m'], detached."""
-        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.trained_index)
+        hidden = self.hidden_states(batch).flatten(0, 1)
+        if batch.attention_context.wanted is None:
+            hidden = hidden.index_select(0, batch.trained_index)
         if batch.exchange is not None:
             hidden = batch.exchange(hidden)
         return cross_entropy_sum(
