@@ -27,11 +27,13 @@ class Sample:
         loss_weights: [L] float32, aligned with ``input_ids``; 0 where the token is not trained, else its weight (1
             unless the message says otherwise). ``loss_weights > 0`` is the loss mask.
         row: index of the sample in its token store.
+        source: which of the store's sources it is from.
     """
 
     input_ids: np.ndarray
     loss_weights: np.ndarray
     row: int
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PackedBatch:
         loss_weights: [R, S] float32, shifted with the labels; 0 where the label is ``IGNORE_INDEX``.
         trained_index: [M] int64, the flat positions whose label counts, ascending. Built on the host, so that the
             step selects them without a device sync.
+        trained_sources: [M] int64, the source of each trained position's sample.
         cu_seqlens: [N + 1] int32, bounds of the documents in the flat token axis; padding is a document of its own.
         seqlens: the documents' lengths as host integers (same information as ``cu_seqlens``).
         rows: store indices of the real documents, for error messages and per-row reports.
@@ -55,6 +58,7 @@ class PackedBatch:
     labels: Tensor
     loss_weights: Tensor
     trained_index: Tensor
+    trained_sources: Tensor
     cu_seqlens: Tensor
     seqlens: tuple[int, ...]
     rows: tuple[int, ...]
@@ -107,20 +111,24 @@ def pack(
     input_ids = np.full(total, pad_token_id, dtype=np.int64)
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
     weights = np.zeros(total, dtype=np.float32)
+    sources = np.zeros(total, dtype=np.int64)
     for sample, start, length in zip(samples, starts, lengths, strict=True):
         input_ids[start : start + length] = sample.input_ids
+        sources[start : start + length] = sample.source
         weights[start : start + length - 1] = sample.loss_weights[1:]
         targets = sample.input_ids[1:].astype(np.int64)
         labels[start : start + length - 1] = np.where(sample.loss_weights[1:] > 0, targets, IGNORE_INDEX)
     shape = (len(samples), -1) if padded and samples else (1, -1)
     cu_seqlens = np.concatenate([[0], np.cumsum(seqlens)])
     position_ids = np.arange(total) - np.repeat(cu_seqlens[:-1], seqlens)
+    trained_index = np.flatnonzero(labels != IGNORE_INDEX)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids).view(shape),
         position_ids=torch.from_numpy(position_ids).view(shape),
         labels=torch.from_numpy(labels).view(shape),
         loss_weights=torch.from_numpy(weights).view(shape),
-        trained_index=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+        trained_index=torch.from_numpy(trained_index),
+        trained_sources=torch.from_numpy(sources[trained_index]),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         seqlens=tuple(seqlens),
         rows=tuple(s.row for s in samples),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fsdpsft.data.loader import Loader
+from fsdpsft.metrics import by_source
 from fsdpsft.parallelize import ParallelModel
 
 
@@ -17,18 +19,26 @@ def evaluate(model: ParallelModel, loader: Loader) -> dict[str, float]:
         loader: one in evaluation mode: every row once, in order.
 
     Returns:
-        ``val/loss`` and ``val/trained_tokens``.
+        ``val/loss``, ``val/trained_tokens``, and ``val/loss/<source>`` where there are several sources.
     """
     module, mesh = model.module, model.mesh
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    denominator, trained = 0.0, 0
+    sources = len(loader.store.source_counts)
+    totals = torch.zeros(1 + sources, dtype=torch.float64, device=mesh.device)  # the whole, then by source
+    denominator, trained = 0.0, np.zeros(sources, dtype=np.int64)
     module.eval()
     with model.computing():
         for step in loader.iterate():
             for micro_batch in step.micro_batches:
-                loss_sum, _ = model(micro_batch)
-                total += loss_sum
+                loss_sum, source_sums = model(micro_batch, sources)
+                totals[0] += loss_sum
+                totals[1:] += source_sums
             denominator += step.loss_denominator
-            trained += step.num_trained_tokens
+            trained += step.trained_by_source
     module.train()
-    return {"val/loss": float(mesh.sum(total)) / denominator, "val/trained_tokens": float(trained)}
+    total, *sums = mesh.sum(totals).tolist()
+    names = loader.store.source_names if sources > 1 else ()
+    return {
+        "val/loss": total / denominator,
+        "val/trained_tokens": float(trained.sum()),
+        **by_source("val/loss", names, sums, trained),
+    }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,6 +40,12 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def by_source(name: str, sources: Sequence[str], sums: Sequence[float], counts: np.ndarray) -> dict[str, float]:
+    """Mean token loss of each source that has trained tokens, as ``name/source``."""
+    rows = zip(sources, sums, counts.tolist(), strict=False)  # no names, no rows
+    return {f"{name}/{source}": total / count for source, total, count in rows if count}
 
 
 class Tracker(Protocol):

@@ -7,7 +7,7 @@ the device has long computed them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsdpsft.data.loader import Step
 from fsdpsft.errors import UserError
-from fsdpsft.metrics import Throughput, Trackers
+from fsdpsft.metrics import Throughput, Trackers, by_source
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class StepStats:
     """What a step leaves behind, on the device.
 
     Attributes:
-        loss: scalar, the step's loss over all processes.
+        losses: [1 + sources]: the step's loss over all processes, then the unweighted sums of token losses by source.
         grad_norm: scalar, before clipping.
     """
 
-    loss: Tensor
+    losses: Tensor
     grad_norm: Tensor
 
 
@@ -36,6 +36,7 @@ class _Pending:
     step: int
     values: dict[str, float]
     stats: StepStats
+    trained_by_source: np.ndarray
     rows: np.ndarray
 
 
@@ -52,25 +53,27 @@ class Recorder:
         describe: names a sample's file and row, for the error of a non-finite step.
         steps_per_epoch: to tell the epoch as a fraction.
         log_freq: steps between written lines; the first step has one too.
+        source_names: their losses are told apart where there are several.
         tokens_seen: trained on before this run (on resume).
     """
 
     def __init__(
         self, trackers: Trackers, throughput: Throughput, describe: Callable[[int], str], *, steps_per_epoch: int,
-        log_freq: int, tokens_seen: int = 0, trained_tokens_seen: int = 0,
+        log_freq: int, source_names: Sequence[str] = (), tokens_seen: int = 0, trained_tokens_seen: int = 0,
     ) -> None:  # fmt: skip
         self._trackers, self._throughput, self._describe = trackers, throughput, describe
         self._steps_per_epoch, self._log_freq = steps_per_epoch, log_freq
+        self._source_names = source_names if len(source_names) > 1 else ()
         self.tokens, self.trained_tokens = tokens_seen, trained_tokens_seen
         self._finished: list[_Pending] = []  # the logging interval before this one
         self._pending: list[_Pending] = []
         self.last: dict[str, float] = {}
 
-    def record(self, step: Step, stats: StepStats, lr: float, squared_lengths: int) -> None:
+    def record(self, step: Step, stats: StepStats, lr: float) -> None:
         """Take a step's numbers; reads those of the interval before when a new line is due."""
         self.tokens += step.num_tokens
         self.trained_tokens += step.num_trained_tokens
-        self._throughput.add(step.num_tokens, step.num_trained_tokens, squared_lengths)
+        self._throughput.add(step.num_tokens, step.num_trained_tokens, step.squared_lengths)
         count = step.index + 1
         values = {
             "epoch": count / self._steps_per_epoch,
@@ -78,7 +81,7 @@ class Recorder:
             "train/tokens": float(self.tokens),
             "train/trained_tokens": float(self.trained_tokens),
         }
-        self._pending.append(_Pending(count, values, stats, step.rows))
+        self._pending.append(_Pending(count, values, stats, step.trained_by_source, step.rows))
         if self._is_logged(count):
             finished, self._finished, self._pending = self._finished, self._pending, []
             self._read(finished)
@@ -107,10 +110,12 @@ class Recorder:
 
     def _read(self, pending: list[_Pending]) -> None:
         for position, item in enumerate(pending):
-            loss, grad_norm = float(item.stats.loss), float(item.stats.grad_norm)
+            loss, *sums = item.stats.losses.tolist()
+            grad_norm = float(item.stats.grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise self._not_finite(item, loss, grad_norm)
             values = {"train/loss": loss, "train/grad_norm": grad_norm, **item.values}
+            values |= by_source("train/loss", self._source_names, sums, item.trained_by_source)
             if position == len(pending) - 1:
                 values |= self._throughput.read()
             self.last |= values

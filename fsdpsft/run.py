@@ -69,10 +69,6 @@ class Run:
         """Whether gradients are summed over processes after each micro-batch, or once a step."""
         return self.config.model.fsdp_config.gradient_sync == "every"
 
-    def squared_lengths(self, step: Step) -> int:
-        """Sum of the squared document lengths of a step, which attention's cost grows with."""
-        return int(np.square(self.data.train.lengths[step.rows].astype(np.int64)).sum())
-
     def is_due(self, frequency: int | str, step: Step) -> bool:
         """Whether something done every ``frequency`` (steps, "epoch", -1: only at the end) is due after ``step``."""
         done = step.index + 1
@@ -142,7 +138,7 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
     recorder = Recorder(
         _trackers(config, mesh, state.step, total_steps),
         Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
-        data.train.describe, steps_per_epoch=len(loader), log_freq=t.log_freq,
+        data.train.describe, steps_per_epoch=len(loader), source_names=data.train.source_names, log_freq=t.log_freq,
         tokens_seen=state.tokens, trained_tokens_seen=state.trained_tokens,
     )  # fmt: skip
     validation = None

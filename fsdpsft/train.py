@@ -39,7 +39,7 @@ def train(config: Config) -> dict[str, float]:
         for step in run.loader.iterate(run.start_step, run.total_steps):
             set_lr(run.optimizer, run.lr(step))
             stats = train_step(run.model, run.optimizer, step, config.optim.clip_grad, run.sync_every_micro_batch)
-            run.recorder.record(step, stats, run.lr(step), run.squared_lengths(step))
+            run.recorder.record(step, stats, run.lr(step))
             if run.validation is not None and run.is_due(t.test_freq, step):
                 run.recorder.flush()
                 run.recorder.write(evaluate(run.model, run.validation), step.index + 1)
@@ -65,19 +65,21 @@ def train_step(
         sync_every: sum gradients over processes after each micro-batch; False does it once, at the last.
     """
     device = model.mesh.device
-    loss = torch.zeros((), device=device)
+    sources = len(step.trained_by_source)
+    losses = torch.zeros(1 + sources, device=device)  # the step's, then the sums by source
     last = len(step.micro_batches) - 1
     with model.computing():
         for i, micro_batch in enumerate(step.micro_batches):
             model.sync_gradients(sync_every or i == last)
-            loss_sum, _ = model(micro_batch)
+            loss_sum, source_sums = model(micro_batch, sources)
             (loss_sum / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
-            loss += loss_sum.detach() / step.loss_denominator
+            losses[0] += loss_sum.detach() / step.loss_denominator
+            losses[1:] += source_sums
     grad_norm = clip_grad_norm(model.module.parameters(), clip_grad)
     optimizer.step()
     optimizer.zero_grad()
     model.weights_changed()
-    return StepStats(model.mesh.sum(loss), grad_norm)
+    return StepStats(model.mesh.sum(losses), grad_norm)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,8 +34,11 @@ def recorder_of(memory: Memory, log_freq: int) -> Recorder:
 
 
 def take(recorder: Recorder, index: int, loss: float) -> None:
-    step = Step(index, 0, [], 1.0, num_tokens=10, num_trained_tokens=5, rows=np.array([index]))
-    recorder.record(step, StepStats(torch.tensor(loss), torch.tensor(1.0)), lr=0.1, squared_lengths=100)
+    step = Step(
+        index, 0, [], 1.0, 10, 5, trained_by_source=np.array([3, 2]), squared_lengths=100, rows=np.array([index])
+    )
+    losses = torch.tensor([loss, 6 * loss, 2.0])  # of the step, then the sums of two sources
+    recorder.record(step, StepStats(losses, torch.tensor(1.0)), lr=0.1)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class SampleStore(Protocol):
         trained: [n] labels that count: positions from 1 on with a loss weight above 0.
         weights: [n] float64, the sum of those labels' loss weights.
         source_counts: number of samples of each source; their sum is n.
+        source_names: what the sources are called in reports.
     """
 
     @property
@@ -43,6 +44,8 @@ class SampleStore(Protocol):
     def weights(self) -> NDArray[np.float64]: ...  # noqa: D102
     @property
     def source_counts(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def source_names(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -68,6 +71,8 @@ class Step:
         loss_denominator: sum of the loss weights of all labels that count; the step's loss is divided by it, once.
         num_tokens: real tokens (no filler).
         num_trained_tokens: labels that count.
+        trained_by_source: [sources] int64, the labels that count by source.
+        squared_lengths: sum of the squared document lengths, which attention's cost grows with.
         rows: [B] int64, the samples' store indices, in the batch's order.
     """
 
@@ -77,6 +82,8 @@ class Step:
     loss_denominator: float
     num_tokens: int
     num_trained_tokens: int
+    trained_by_source: NDArray[np.int64]
+    squared_lengths: int
     rows: NDArray[np.int64]
 
 
@@ -198,8 +205,16 @@ class Loader:
             loss_denominator=float(self.store.weights[rows].sum()),
             num_tokens=int(self.store.lengths[rows].sum(dtype=np.int64)),
             num_trained_tokens=trained,
+            trained_by_source=self._by_source(rows),
+            squared_lengths=int(np.square(self.store.lengths[rows].astype(np.int64)).sum()),
             rows=rows,
         )
+
+    def _by_source(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        ends = np.cumsum(self.store.source_counts)
+        counts = np.zeros(len(ends), dtype=np.int64)
+        np.add.at(counts, np.searchsorted(ends, rows, side="right"), self.store.trained[rows])
+        return counts
 
     def _nothing_trained(self, index: int, rows: NDArray[np.int64]) -> DataError:
         names = [self.store.describe(row) for row in rows[:_NAMED_ROWS].tolist()]

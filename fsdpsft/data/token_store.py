@@ -100,7 +100,7 @@ class TokenStore:
         loss_weights = np.zeros(len(tokens), dtype=np.float32)
         for start, stop, weight in self.runs[self.run_offsets[index] : self.run_offsets[index + 1]].tolist():
             loss_weights[start:stop] = weight
-        return Sample(tokens, loss_weights, index)
+        return Sample(tokens, loss_weights, index, self.source_of(index))
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:

@@ -192,6 +192,7 @@ class LocalBatch:
         trained_index: [m] int64, flat positions in the slice whose label counts, ascending.
         targets: [m'] int64, the ids to predict for what ``spread`` hands this rank.
         loss_weights: [m'] float32, of the same.
+        sources: [m'] int64, of the same: the source of each one's sample.
         plan: moves hidden states [m, D] to [m', D].
     """
 
@@ -200,6 +201,7 @@ class LocalBatch:
     trained_index: Tensor
     targets: Tensor
     loss_weights: Tensor
+    sources: Tensor
     plan: SpreadPlan
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> LocalBatch:
@@ -232,7 +234,8 @@ def shard(batch: PackedBatch, rank: int, size: int) -> LocalBatch:
     owned = np.searchsorted(owners[order], np.arange(size + 1))  # bounds of each rank's own in the list
     shares = balanced_bounds(len(order), size)
     own = order[owned[rank] : owned[rank + 1]]
-    head = batch.trained_index.numpy()[order[shares[rank] : shares[rank + 1]]]
+    share = order[shares[rank] : shares[rank + 1]]
+    head = batch.trained_index.numpy()[share]
     here = slice(rank * length, (rank + 1) * length)
     send, receive = _overlaps(owned[rank : rank + 2], shares), _overlaps(shares[rank : rank + 2], owned)
     return LocalBatch(
@@ -241,6 +244,7 @@ def shard(batch: PackedBatch, rank: int, size: int) -> LocalBatch:
         trained_index=torch.from_numpy(rows[own] * length + columns[own] - rank * length),
         targets=batch.labels.flatten()[head],
         loss_weights=batch.loss_weights.flatten()[head],
+        sources=batch.trained_sources[share],
         plan=SpreadPlan(send, receive, len(order)),
     )
 
