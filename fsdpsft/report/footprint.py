@@ -13,8 +13,9 @@ import torch
 
 from fsdpsft.config import Config
 from fsdpsft.errors import ConfigError
+from fsdpsft.flops import flop_count
 from fsdpsft.metrics import PEAK_FLOPS
-from fsdpsft.model.sft_model import SFTModel, decoder_blocks, flop_count, resolve_dtype
+from fsdpsft.model.sft_model import SFTModel, decoder_blocks, resolve_dtype
 from fsdpsft.parallelize import adapted_model
 from fsdpsft.prepare import TrainingData
 from fsdpsft.report.run_plan import RunPlan

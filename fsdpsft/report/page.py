@@ -14,7 +14,7 @@ from fsdpsft.report.facts import Piece, ShownSample, SourceFacts
 from fsdpsft.report.proof import CLAIMS, NOTES, Group, HistoryCost, Proof
 from fsdpsft.report.report import Report
 from fsdpsft.report.run_plan import RunPlan
-from fsdpsft.report.terminal import number, percent, ranges, visible
+from fsdpsft.report.terminal import counted, number, percent, ranges, visible
 
 EXAMPLES = 8
 _RANGES = 2000
@@ -124,10 +124,18 @@ def _finding(title: str, group: Group, kind: str) -> str:
         for file, found in group.rows.items()
         if found
     )
-    shown = group.examples[: EXAMPLES if kind == "error" else 2]
-    examples = "".join(f'<li><span class="place">{_text(f.where)}</span>{_text(f.text)}</li>' for f in shown)
-    more = f'<p class="note">and {number(group.count - len(shown))} more</p>' if group.count > len(shown) else ""
+    shown = group.shown(EXAMPLES if kind == "error" else 2)
+    examples = "".join(
+        f'<li><span class="place">{_text(finding.where)}{_like_it(count)}</span>{_text(finding.text)}</li>'
+        for finding, count in shown
+    )
+    left = group.count - sum(count for _, count in shown)
+    more = f'<p class="note">and {number(left)} others</p>' if left else ""
     return f'<div class="finding {kind}"><h3>{prefix}{escape(title)}</h3>{rows}<ul>{examples}</ul>{more}</div>'
+
+
+def _like_it(count: int) -> str:
+    return f", and {number(count - 1)} more like it" if count > 1 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -175,11 +183,11 @@ def _lengths(report: Report) -> str:
 
 
 def _sources(sources: Sequence[SourceFacts]) -> str:
-    titles = ["source", "rows", "samples", "tokens", "trained", "median", "longest", "truncated", "dropped", "skipped",
-              "duplicates", "no trained token", "special-token text"]  # fmt: skip
+    titles = ["source", "rows", "samples", "tokens", "trained", "median", "longest", "truncated", "left out",
+              "duplicates", "no trained token", "special tokens in text"]  # fmt: skip
     rows: list[list[str | int]] = [
         [_source_name(s), s.rows, s.samples, s.tokens, percent(s.trained_share), s.median, s.longest, s.truncated,
-         sum(s.dropped.values()), sum(s.skipped.values()), s.duplicates, s.zero_label, s.escaped]
+         s.left_out, s.duplicates, s.zero_label, s.escaped]
         for s in sources
     ]  # fmt: skip
     reasons = "".join(
@@ -224,29 +232,32 @@ def _plan(plan: RunPlan) -> str:
         bars = "".join(f'<span style="width:{100 * (v - 1) / worst:.1f}%"></span>' for v in (b.cost, b.in_order_cost))
         rows.append(
             [str(b.gpus), f"{b.micro_batches:.1f}", percent(b.fill), f"{b.tokens:.3f}", f"{b.in_order_tokens:.3f}",
-             f"{b.cost:.3f}", f'{b.in_order_cost:.3f}<span class="even">{bars}</span>', percent(b.lockstep - 1)]
+             f"{b.cost:.3f}", f"{b.in_order_cost:.3f}", f'<span class="even">{bars}</span>', percent(b.lockstep - 1)]
         )  # fmt: skip
-    titles = ["GPUs", "passes a step", "fill", "tokens", "in order", "cost", "in order", "waiting"]
+    titles = ["GPUs", "passes a step", "fill", "tokens", "in order", "cost", "in order", "", "waiting"]
     kind = "packed end to end" if plan.packed else "padded"
     return (
-        f"<section><h2>Packing and balance</h2><p>{number(plan.total_steps)} steps of {number(plan.batch_size)} "
-        f"samples, {number(plan.steps_per_epoch)} an epoch; samples are {kind}, up to {number(plan.token_budget)} tokens a GPU "
-        f"and pass. The fewest trained tokens of a step are {number(plan.trained_least)}.</p>{_table(titles, rows)}"
+        f"<section><h2>Packing and balance</h2><p>{counted(plan.total_steps, 'step')} of {number(plan.batch_size)} "
+        f"samples, {number(plan.steps_per_epoch)} an epoch; samples are {kind}, up to {number(plan.token_budget)} "
+        f"tokens a GPU and pass. The fewest trained tokens of a step are {number(plan.trained_least)}.</p>"
+        f"{_table(titles, rows)}"
         '<p class="note">Fill: share of the computed tokens that are real. Tokens and cost (with attention): the '
-        "busiest GPU over the mean, as planned, and if documents were given to GPUs in their order. Waiting: time lost "
-        f"as GPUs wait for each other at every pass. Means over {plan.measured_steps} steps.</p></section>"
+        "busiest GPU over the mean, as planned, and if documents were given to GPUs in their order; the bars show how "
+        "far the cost is above the mean, planned and in order. Waiting: time lost as GPUs wait for each other at every "
+        f"pass. Means over {plan.measured_steps} steps.</p></section>"
     )
 
 
 def _curve(plan: RunPlan) -> str:
     return (
-        f"<section><h2>Learning rate</h2><p>{escape(plan.schedule.capitalize())}, {number(plan.warmup_steps)} steps of "
+        f"<section><h2>Learning rate</h2><p>{escape(plan.schedule.capitalize())}, {counted(plan.warmup_steps, 'step')} of "
         f"warm-up.</p>{curve_svg(plan.lr)}</section>"
     )
 
 
 def _history(cost: HistoryCost) -> str:
-    rows: list[list[str | int]] = [["data.history=as_rendered", cost.as_rendered], ["data.history=per_turn", cost.per_turn]]
+    costs = {"as_rendered": cost.as_rendered, "per_turn": cost.per_turn}
+    rows: list[list[str | int]] = [[f"data.history={name}", tokens] for name, tokens in costs.items()]
     refused = f" {number(cost.refused)} further ones can be trained with per_turn alone." if cost.refused else ""
     return (
         "<section><h2>History</h2><p>The template prints earlier turns otherwise than the model wrote them. Of the "

@@ -45,7 +45,8 @@ NOTES = {
     "skipped": "rows left out (data.on_bad_row=skip)",
     "history_rewritten": "replies trained as the template remembers them, not as inference makes them "
     "(data.history=per_turn trains them exactly)",
-    "escaped": "conversations with special-token text in their content, spelt as ordinary text",
+    "escaped": "conversations with special-token text in their content, spelt as ordinary text; apply_chat_template "
+    "would make special tokens of it, so their prompts are not compared with its",
     "nothing_trained": "samples without a trained token",
     "reasoning_dropped": "messages whose reasoning the template does not print",
 }
@@ -57,7 +58,7 @@ _EXAMPLES = 200
 _HISTORY_CONVERSATIONS = 200
 _HISTORY_ROWS = 4000
 _POLL_SECONDS = 0.5
-_WHERE = re.compile(r", row (\d+)(?: \(line (\d+)\))?: ")
+_WHERE = re.compile(r", row (\d+)(?: \(line (\d+)\))?[:,] ")
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ class Group:
     Attributes:
         count: how many there are; a row may have several.
         rows: file -> rows, in the order they were found, each once.
-        examples: the first findings in full.
+        examples: the first finding of each text, and how many have that text; of very many texts the first.
     """
 
     count: int = 0
     rows: dict[str, list[int]] = field(default_factory=dict)
-    examples: list[RowFinding] = field(default_factory=list)
+    examples: dict[str, tuple[RowFinding, int]] = field(default_factory=dict)
 
     def add(self, finding: RowFinding) -> None:
         """Count a finding and remember its row."""
@@ -121,13 +122,18 @@ class Group:
         rows = self.rows.setdefault(finding.file, [])
         if finding.row is not None and (not rows or rows[-1] != finding.row):
             rows.append(finding.row)
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(finding)
+        if finding.text in self.examples or len(self.examples) < _EXAMPLES:
+            first, count = self.examples.get(finding.text, (finding, 0))
+            self.examples[finding.text] = (first, count + 1)
 
     @property
     def row_count(self) -> int:
         """Rows with such a finding."""
         return sum(map(len, self.rows.values()))
+
+    def shown(self, most: int) -> list[tuple[RowFinding, int]]:
+        """The first examples, each with the number of findings of its text."""
+        return list(self.examples.values())[:most]
 
     @property
     def extent(self) -> str:

@@ -81,6 +81,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def counted(value: float, unit: str) -> str:
+    """A count and its unit, in the plural where it is not one."""
+    figure = f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+    return f"{figure} {unit}{'s' * (value != 1)}"
+
+
 def percent(share: float) -> str:
     """A share."""
     return f"{100 * share:.1f} %"
@@ -140,8 +146,8 @@ def histogram_text(histogram: Histogram, style: Style) -> str:
 def plan_text(plan: RunPlan, style: Style) -> str:
     """Steps, packing and balance."""
     head = (
-        f"  {number(plan.total_steps)} steps of {number(plan.batch_size)} samples, {number(plan.steps_per_epoch)} an "
-        f"epoch ({plan.epochs:g} epochs of {number(plan.samples)} samples)\n"
+        f"  {counted(plan.total_steps, 'step')} of {number(plan.batch_size)} samples, {number(plan.steps_per_epoch)} an "
+        f"epoch ({counted(plan.epochs, 'epoch')} of {number(plan.samples)} samples)\n"
         f"  {number(plan.tokens)} tokens, {number(plan.trained_tokens)} of them trained; "
         f"{number(plan.tokens_per_step)} a step, at least {number(plan.trained_least)} trained\n"
         f"  {'packed' if plan.packed else 'padded'}, up to {number(plan.token_budget)} tokens a GPU and pass\n\n"
@@ -170,7 +176,7 @@ def curve_text(plan: RunPlan, style: Style) -> str:
         label = f"{top:.2e}" if row == _CURVE_HEIGHT - 1 else ("0" if row == 0 else "")
         lines.append(f"  {label:>9} ┤" + "".join(_EIGHTHS[min(max(level - 8 * row, 0), 8)] for level in levels))
     axis = f"  {'step':>9}  0{number(plan.total_steps - 1):>{_CURVE_WIDTH - 1}}"
-    caption = f"  {plan.schedule}, {number(plan.warmup_steps)} steps of warm-up"
+    caption = f"  {plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
     return heading("Learning rate", style) + "\n".join([*lines, axis, style.faint(caption)]) + "\n"
 
 
@@ -261,10 +267,12 @@ def proof_text(proof: Proof, style: Style) -> str:
 def _named(group: Group, style: Style) -> list[str]:
     """The rows of a group, all of them, and a few findings in full."""
     lines = [f"      {visible(file)}: rows {ranges(rows)}" for file, rows in group.rows.items() if rows]
-    for finding in group.examples[:EXAMPLES]:
-        lines.append(style.faint(f"      {visible(finding.where)}: {visible(finding.text)}"))
-    if group.count > EXAMPLES:
-        lines.append(style.faint(f"      and {number(group.count - EXAMPLES)} more findings like these"))
+    shown = group.shown(EXAMPLES)
+    for finding, count in shown:
+        like_it = f" (and {number(count - 1)} more like it)" if count > 1 else ""
+        lines.append(style.faint(f"      {visible(finding.where)}: {visible(finding.text)}{like_it}"))
+    if left := group.count - sum(count for _, count in shown):
+        lines.append(style.faint(f"      and {number(left)} others"))
     return lines
 
 
