@@ -147,14 +147,15 @@ def free_port() -> int:
 
 
 def _worker(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
-) -> None:
+    rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, backend: str,
+    args: tuple[Any, ...],
+) -> None:  # fmt: skip
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
     finally:
@@ -162,12 +163,12 @@ def _worker(
             dist.destroy_process_group()
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Run ``function(*args)`` in ``world_size`` gloo processes and return what each rank returned, in rank order.
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo") -> list[Any]:
+    """Run ``function(*args)`` in ``world_size`` processes and return what each rank returned, in rank order.
 
     ``function`` must be importable (defined at module level), as the processes are spawned. An exception in any rank
     is raised here with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_worker, (function, world_size, free_port(), folder, args), world_size)  # type: ignore[no-untyped-call]
+        spawn(_worker, (function, world_size, free_port(), folder, backend, args), world_size)  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]

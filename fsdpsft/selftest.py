@@ -1,0 +1,632 @@
+"""Prove on your own model and machine that nothing the trainer does changes the mathematics; about a minute.
+
+    python -m fsdpsft.selftest model.partial_pretrain=path/to/model <other keys of the training> selftest.layers=2
+
+One optimiser step's loss and gradients are computed in each of the trainer's ways and compared with plain
+transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers.
+Without ``data.train_files`` the documents are random tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fsdpsft.batch import Sample
+from fsdpsft.checkpoint import CheckpointManager
+from fsdpsft.cli import run_command
+from fsdpsft.config import Config, ModelConfig
+from fsdpsft.data.loader import Loader
+from fsdpsft.distributed.mesh import choose_device, env_world_size, init_mesh
+from fsdpsft.errors import ConfigError, UserError
+from fsdpsft.hf_export import Handoff, StoredDtypes, carried_files
+from fsdpsft.model import lora
+from fsdpsft.model.attention import AttentionContext, isolation_probe
+from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights, resolve_model_path
+from fsdpsft.model.parameters import full, hf_name
+from fsdpsft.model.sft_model import cut_layers, resolve_dtype
+from fsdpsft.optim import build_optimizer
+from fsdpsft.parallelize import ParallelModel, build_model
+from fsdpsft.prepare import prepare_data
+from fsdpsft.report.terminal import Style
+from fsdpsft.report.tool_keys import take_keys, whole_number
+from fsdpsft.storage.files import copy_file
+from fsdpsft.testing import run_distributed
+from fsdpsft.train import train_step
+from fsdpsft.training_state import TrainState
+
+log = logging.getLogger(__name__)
+
+KEYS = ("layers", "documents", "length")
+USAGE = """python -m fsdpsft.selftest proves the trainer exact on your model and machine; keys of fsdpsft.train and:
+
+  selftest.layers=2           first so many layers of the model
+  selftest.documents=12       documents of the step that is compared
+  selftest.length=192         longest of them, in tokens
+
+"""
+EXACT = 2e-4
+"""Largest relative difference that float32 rounding explains; a mistake in the mathematics is far above it."""
+ROUNDED = {torch.float32: EXACT, torch.bfloat16: 0.1}
+"""The same for the run's own precision; gradients of random documents cancel, which leaves bfloat16 few digits."""
+_KEPT = 1 << 16  # gradient entries of a parameter that are compared, at equal distances
+_WIDTH = 46
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """Raised by a check that does not apply; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The tool's own settings; see ``USAGE``."""
+
+    layers: int = 2
+    documents: int = 12
+    length: int = 192
+
+    @classmethod
+    def parse(cls, values: dict[str, str]) -> Options:
+        """Read the values of ``selftest.*``.
+
+        Raises:
+            ConfigError: one of them is not usable.
+        """
+        least = {"layers": 1, "documents": 4, "length": 8}
+        return cls(**{key: whole_number(f"selftest.{key}", text, least[key]) for key, text in values.items()})
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A few samples in memory, as the loader wants a store."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] tokens of each."""
+        return np.array([len(s.input_ids) for s in self.samples], dtype=np.int32)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """[n] labels that count."""
+        return np.array([(s.loss_weights[1:] > 0).sum() for s in self.samples], dtype=np.int32)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[n] sum of the labels' weights."""
+        return np.array([s.loss_weights[1:].sum(dtype=np.float64) for s in self.samples])
+
+    @property
+    def source_counts(self) -> tuple[int, ...]:
+        """One source."""
+        return (len(self.samples),)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Its name."""
+        return ("self-test",)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int) -> Sample:
+        """One of them."""
+        return self.samples[index]
+
+    def describe(self, index: int) -> str:
+        """Its name in messages."""
+        return f"document {index} of the self-test"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all checks work on.
+
+    Attributes:
+        folder: the model, cut to a few layers.
+        own: the ``model`` section of the run under test.
+        plain: the same without anything that saves time or memory, in float32.
+        packed: whether the run packs documents into one row.
+        device: of the run.
+        documents: one step's samples.
+    """
+
+    folder: Path
+    own: ModelConfig
+    plain: ModelConfig
+    packed: bool
+    device: torch.device
+    documents: Documents
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents together."""
+        return int(self.documents.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step's loss, and for every parameter its gradient at up to 65,536 places."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+    def difference(self, reference: Outcome) -> float:
+        """Largest relative difference of the loss and of any parameter's gradient.
+
+        A gradient that is zero but for rounding (a key's bias cannot change a softmax) is measured by a thousandth of
+        the largest one.
+        """
+        largest = [abs(self.loss - reference.loss) / abs(reference.loss)]
+        floor = 1e-3 * max(float(g.norm()) for g in reference.gradients.values())
+        for name, gradient in self.gradients.items():
+            expected = reference.gradients[name]
+            largest.append(float((gradient - expected).norm()) / max(float(expected.norm()), floor))
+        return float("nan") if any(np.isnan(largest)) else max(largest)
+
+
+class GradientProbe(torch.optim.Optimizer):
+    """Takes the optimiser's place in the train step, and keeps the gradients instead of applying them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """For the trainable parameters of a causal LM."""
+        self.named = {hf_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients: dict[str, Tensor] = {}
+        super().__init__(list(self.named.values()), {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Keep every gradient's sample; collective where parameters are sharded."""
+        self.gradients = {name: _sample(p.grad) for name, p in self.named.items() if p.grad is not None}
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    flat = full(gradient).flatten()
+    return flat[:: -(-flat.numel() // _KEPT)].float().cpu().clone()
+
+
+# --- The subject ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def prepare_subject(config: Config, options: Options) -> Iterator[Subject]:
+    """Cut the model and choose the documents; the model's files are deleted at the end.
+
+    Raises:
+        UserError: model or data that training would refuse.
+    """
+    if env_world_size() > 1:
+        raise ConfigError("start fsdpsft.selftest without torchrun: it starts its own processes")
+    source = resolve_model_path(config.model.partial_pretrain)
+    documents = _given_documents(config, options) if config.data.train_files else None
+    with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:
+        vocabulary = write_cut_model(source, Path(folder), config.model, options.layers)
+        yield Subject(
+            Path(folder), config.model, _plainest(config.model), config.use_remove_padding,
+            choose_device(config.trainer.device), documents or random_documents(options, vocabulary),
+        )  # fmt: skip
+
+
+def write_cut_model(source: Path, folder: Path, settings: ModelConfig, layers: int) -> int:
+    """Write a model of its first ``layers`` layers, without dropout; returns its vocabulary size."""
+    config = load_model_config(source, trust_remote_code=settings.trust_remote_code)
+    cut_layers(config, layers)
+    for name, value in vars(config).items():
+        if ("drop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    stored = StoredDtypes.of(source).usual
+    model = build_meta_model(
+        config, attn_implementation="eager", dtype=stored, trust_remote_code=settings.trust_remote_code
+    )
+    load_weights(model, source, device="cpu", strict=False)
+    for file in carried_files(source):
+        copy_file(file, folder / file.relative_to(source))
+    model.save_pretrained(folder)
+    return int(config.get_text_config().vocab_size)
+
+
+def _plainest(settings: ModelConfig) -> ModelConfig:
+    fsdp = replace(settings.fsdp_config, model_dtype="float32", reduce_dtype="float32", offload_params=False)
+    return replace(
+        settings, fsdp_config=fsdp, dtype="float32", attn_implementation="sdpa", enable_gradient_checkpointing="none",
+        activation_offload=False, mlp_tiles=1, trim_last_block=False, use_liger=False, compile=False, lora_rank=0,
+        lora_adapter_path=None,
+    )  # fmt: skip
+
+
+def random_documents(options: Options, vocabulary: int) -> Documents:
+    """Documents of very different lengths, about a third of their tokens trained."""
+    generator = np.random.default_rng(0)
+    longest = options.length
+    lengths = [longest, 2, *generator.integers(2, max(3, longest // 2), options.documents - 2).tolist()]
+    samples = []
+    for row, length in enumerate(lengths):
+        weights = (generator.random(length) < 1 / 3).astype(np.float32)
+        weights[-1] = 1.0
+        samples.append(Sample(generator.integers(0, vocabulary, length).astype(np.uint32), weights, row))
+    return Documents(tuple(samples))
+
+
+def _given_documents(config: Config, options: Options) -> Documents:
+    """The first samples of the training data, cut to the length wished for."""
+    store = prepare_data(replace(config, data=replace(config.data, train_batch_size=1, val_files=None))).train
+    samples: list[Sample] = []
+    for index in range(min(len(store), 50 * options.documents)):
+        whole = store.sample(index)
+        sample = Sample(whole.input_ids[: options.length], whole.loss_weights[: options.length], len(samples))
+        if (sample.loss_weights[1:] > 0).any():
+            samples.append(sample)
+        if len(samples) == options.documents:
+            break
+    if not samples:
+        raise ConfigError(
+            f"no training sample has a trained token in its first {options.length}; raise selftest.length"
+        )
+    return Documents(tuple(samples))
+
+
+# --- One step, in this way or that ------------------------------------------------------------------------------------
+
+
+def plain_model(subject: Subject, folder: Path | None = None) -> PreTrainedModel:
+    """What transformers makes of a folder, in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder or subject.folder, dtype=torch.float32, attn_implementation="eager",
+        trust_remote_code=subject.own.trust_remote_code,
+    )  # fmt: skip
+    return model.to(subject.device).train()
+
+
+def reference_outcome(subject: Subject) -> Outcome:
+    """The slow and obvious way: one document at a time through transformers, all logits, summed."""
+    model, loss = plain_model(subject), 0.0
+    probe = GradientProbe(model)
+    denominator = float(subject.documents.weights.sum())
+    for sample in subject.documents.samples:
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(subject.device)
+        weights = torch.from_numpy(sample.loss_weights[1:]).to(subject.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        losses = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        part = (losses * weights).sum() / denominator
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += float(part.detach())
+    probe.step()
+    return Outcome(loss, probe.gradients)
+
+
+def outcome(
+    subject: Subject, settings: ModelConfig, device: torch.device | str, *, sp_size: int = 1,
+    padded: bool | None = None, budget: int | None = None,
+) -> Outcome:  # fmt: skip
+    """The trainer's way: its loader, its model, its step, in this process and those it has been started with."""
+    padded = not subject.packed if padded is None else padded
+    mesh = init_mesh(choose_device(torch.device(device).type), sp_size=sp_size)
+    model = build_model(subject.folder, settings, mesh, packed=not padded, seed=0)
+    documents = subject.documents
+    loader = Loader(
+        documents, train_batch_size=len(documents), token_budget=budget or subject.tokens, pad_token_id=0,
+        padded=padded, max_rows=3 if padded else None, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, sp_size=mesh.sp_size,
+    )  # fmt: skip
+    probe = GradientProbe(model.module.causal_lm)
+    stats = train_step(model, probe, loader.step(0), None)
+    return Outcome(float(stats.losses[0]), probe.gradients)
+
+
+def _together(subject: Subject, reference: Outcome, processes: int, sp_size: int = 1, **fsdp: Any) -> float:
+    settings = replace(subject.plain, fsdp_config=replace(subject.plain.fsdp_config, replicate_size=1, **fsdp))
+    device = subject.device.type if _enough_gpus(subject, processes) else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    work = partial(outcome, subject, settings, device, sp_size=sp_size)
+    found: list[Outcome] = run_distributed(work, processes, backend=backend)
+    return max(part.difference(reference) for part in found)
+
+
+def _enough_gpus(subject: Subject, processes: int) -> bool:
+    return subject.device.type == "cuda" and torch.cuda.device_count() >= processes
+
+
+# --- The checks: each returns the largest difference it finds ---------------------------------------------------------
+
+
+def check_isolation(subject: Subject, reference: Outcome) -> float:
+    """Change one packed document and watch the others, with the run's own attention and precision."""
+    _needs_packing(subject)
+    settings = replace(subject.own, lora_rank=0, lora_adapter_path=None)
+    model = build_model(subject.folder, settings, init_mesh(subject.device), packed=True, seed=0)
+    base = model.module.eval().causal_lm.base_model
+
+    def states(input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+        with model.computing():
+            output = base(
+                input_ids=input_ids, position_ids=position_ids, attention_context=context, use_cache=False
+            )  # fmt: skip
+        return output.last_hidden_state.float()  # type: ignore[no-any-return]
+
+    vocabulary = model.module.head.weight.shape[0]
+    return isolation_probe(states, model.attend, vocab_size=vocabulary, device=subject.device)
+
+
+def isolation_tolerance(subject: Subject) -> float:
+    """Nothing may move; with experts, whose products take all documents together, rounding may."""
+    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
+    model = build_meta_model(
+        config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=subject.own.trust_remote_code
+    )
+    experts = any(parameter.ndim > 2 for parameter in model.parameters())
+    half = resolve_dtype(subject.own.dtype, subject.device) != torch.float32
+    return (0.1 if half else 1e-5) if experts else 0.0
+
+
+def check_packed(subject: Subject, reference: Outcome) -> float:
+    """All documents in one row."""
+    _needs_packing(subject)
+    return outcome(subject, subject.plain, subject.device, padded=False).difference(reference)
+
+
+def check_padded(subject: Subject, reference: Outcome) -> float:
+    """One padded row a document, three rows at a time."""
+    budget = 3 * int(subject.documents.lengths.max())
+    return outcome(subject, subject.plain, subject.device, padded=True, budget=budget).difference(reference)
+
+
+def check_head(subject: Subject, reference: Outcome) -> float:
+    """The head seven trained tokens at a time, never the full logits."""
+    return outcome(subject, replace(subject.plain, head_chunk_tokens=7), subject.device).difference(reference)
+
+
+def check_trimming(subject: Subject, reference: Outcome) -> float:
+    """The last block on trained tokens alone."""
+    return outcome(subject, replace(subject.plain, trim_last_block=True), subject.device).difference(reference)
+
+
+def check_accumulation(subject: Subject, reference: Outcome) -> float:
+    """The smallest token budget that holds the longest document."""
+    budget = int(subject.documents.lengths.max())
+    return outcome(subject, subject.plain, subject.device, budget=budget).difference(reference)
+
+
+def check_checkpointing(mode: str, offload: bool, subject: Subject, reference: Outcome) -> float:
+    """Activations recomputed, and resting in host memory."""
+    settings = replace(subject.plain, enable_gradient_checkpointing=mode, activation_offload=offload)
+    return outcome(subject, settings, subject.device).difference(reference)
+
+
+def check_data_parallel(subject: Subject, reference: Outcome) -> float:
+    """Two processes share weights and documents."""
+    return _together(subject, reference, 2)
+
+
+def check_ulysses(degree: int, subject: Subject, reference: Outcome) -> float:
+    """So many processes share every sequence."""
+    _needs_packing(subject)
+    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
+    heads = config.get_text_config().num_attention_heads
+    if heads < degree:
+        raise Skip(f"the model has {heads} query heads")
+    return _together(subject, reference, degree, sp_size=degree)
+
+
+def check_own_settings(subject: Subject, reference: Outcome) -> float:
+    """One step just as the run will do it: its precision, attention, checkpointing, kernels, adapters."""
+    found = outcome(subject, subject.own, subject.device)
+    if subject.own.lora_adapter_path is not None:
+        raise Skip("it starts from an adapter: see the row of LoRA")
+    shared = (
+        {} if subject.own.uses_lora else found.gradients
+    )  # new adapters change no output, and have their own gradients
+    return Outcome(found.loss, shared).difference(reference)
+
+
+def check_lora(subject: Subject, reference: Outcome) -> float:
+    """Logits with adapters beside the weights, and with the adapters merged into them."""
+    settings = replace(subject.plain, lora_rank=subject.own.lora_rank or 8, lora_dropout=0.0)
+    model = build_model(subject.folder, settings, init_mesh(subject.device), packed=subject.packed, seed=0)
+    causal_lm = model.module.causal_lm
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in causal_lm.named_parameters():
+            if ".lora_B." in name:  # zero at first, which would prove nothing
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    merged = plain_model(subject)
+    merged.load_state_dict(dict(lora.merged_state(causal_lm)), strict=False)
+    untouched = _relative(_logits_of(plain_model(subject), subject), _own_logits(model, subject))
+    if untouched < 10 * EXACT:
+        raise ConfigError("the adapters change nothing, so that merging them proves nothing")
+    return _relative(_logits_of(merged, subject), _own_logits(model, subject))
+
+
+def check_export(subject: Subject, reference: Outcome) -> float:
+    """Logits after an optimiser step, and those of transformers on what was exported."""
+    model = build_model(subject.folder, subject.plain, init_mesh(subject.device), packed=subject.packed, seed=0)
+    documents = subject.documents
+    loader = Loader(
+        documents, train_batch_size=len(documents), token_budget=subject.tokens, pad_token_id=0,
+        padded=not subject.packed, max_rows=None if subject.packed else 3,
+    )  # fmt: skip
+    optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    train_step(model, optimizer, loader.step(0), None)
+    with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:
+        manager = CheckpointManager(Path(folder), Handoff(subject.folder, dtype=torch.float32))
+        manager.save(model.module.causal_lm, optimizer, TrainState(step=1), contents=("model",))
+        manager.close()
+        again = plain_model(subject, Path(folder) / "global_step_1")
+    return _relative(_logits_of(again, subject), _own_logits(model, subject))
+
+
+def _needs_packing(subject: Subject) -> None:
+    if not subject.packed:
+        raise Skip("use_remove_padding=false")
+
+
+def _longest(subject: Subject) -> Tensor:
+    sample = subject.documents.sample(int(subject.documents.lengths.argmax()))
+    return torch.from_numpy(sample.input_ids.astype(np.int64))[None].to(subject.device)
+
+
+@torch.no_grad()
+def _logits_of(model: PreTrainedModel, subject: Subject) -> Tensor:
+    return model.eval()(input_ids=_longest(subject), use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _own_logits(model: ParallelModel, subject: Subject) -> Tensor:
+    """Through our attention and head, on the longest document."""
+    ids = _longest(subject)
+    length = ids.shape[1]
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
+    hidden = model.module.eval().causal_lm.base_model(
+        input_ids=ids, position_ids=torch.arange(length, device=ids.device)[None], use_cache=False,
+        attention_context=AttentionContext(bounds, (length,), length, model.attend),
+    ).last_hidden_state  # fmt: skip
+    return model.module.head.logits(hidden).float()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: its title, its function, what it tolerates, and how many processes it starts."""
+
+    title: str
+    run: Callable[[Subject, Outcome], float]
+    processes: int = 1
+    tolerance: Callable[[Subject], float] = lambda subject: EXACT
+
+
+def _own_tolerance(subject: Subject) -> float:
+    return ROUNDED[resolve_dtype(subject.own.dtype, subject.device)]
+
+
+CHECKS = (
+    Check("packed documents do not see each other", check_isolation, tolerance=isolation_tolerance),
+    Check("packed = one at a time", check_packed),
+    Check("padded = one at a time", check_padded),
+    Check("head in chunks = full logits", check_head),
+    Check("last block on trained tokens only", check_trimming),
+    Check("many micro-batches = one", check_accumulation),
+    Check("checkpointing, selective", partial(check_checkpointing, "selective", False)),
+    Check("checkpointing, full", partial(check_checkpointing, "full", False)),
+    Check("checkpointing, resting in host memory", partial(check_checkpointing, "full", True)),
+    Check("this run's own model settings", check_own_settings, tolerance=_own_tolerance),
+    Check("data parallel, 2 processes (FSDP2)", check_data_parallel, 2),
+    Check("sequence parallel, 2 processes (Ulysses)", partial(check_ulysses, 2), 2),
+    Check("sequence parallel, 4 processes (Ulysses)", partial(check_ulysses, 4), 4),
+    Check("LoRA merged = unmerged", check_lora),
+    Check("export, loaded again", check_export),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a check came to; ``difference`` is None where it was skipped or ended in an error, for ``note``'s reason."""
+
+    title: str
+    difference: float | None
+    tolerance: float
+    note: str = ""
+    error: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        if self.difference is None:
+            return not self.error
+        return self.difference <= self.tolerance  # false for NaN
+
+    def text(self, style: Style) -> str:
+        """One line."""
+        numbers = " " * 10 if self.difference is None else f"{self.difference:10.1e}"
+        skipped = self.difference is None and not self.error
+        verdict = style.faint("skipped") if skipped else style.good("ok") if self.holds else style.bad("MISS")
+        return f"  {self.title:{_WIDTH}}{numbers}{self.tolerance:11.1e}  {verdict}  {self.note}".rstrip() + "\n"
+
+
+def run_check(check: Check, subject: Subject, reference: Outcome) -> Row:
+    """Run one check; whatever ends it is told in its row."""
+    where = ""
+    if check.processes > 1 and subject.device.type == "cuda" and not _enough_gpus(subject, check.processes):
+        where = f"(on CPU: {torch.cuda.device_count()} GPU here)"
+    tolerance = check.tolerance(subject)
+    try:
+        return Row(check.title, check.run(subject, reference), tolerance, where)
+    except Skip as reason:
+        return Row(check.title, None, tolerance, str(reason))
+    except UserError as error:
+        return Row(check.title, None, tolerance, str(error), error=True)
+    except ProcessException as error:
+        log.debug("%s", error)
+        return Row(check.title, None, tolerance, str(error).strip().splitlines()[-1], error=True)
+
+
+def selftest(config: Config, options: Options) -> list[Row]:
+    """Run every check on the model of ``config`` and print each row as it comes.
+
+    Raises:
+        UserError: model or data that training would refuse.
+    """
+    style, began = Style(colour=sys.stdout.isatty()), time.perf_counter()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("fsdpsft").setLevel(logging.WARNING)  # the table alone
+    with prepare_subject(config, options) as subject:
+        documents = subject.documents
+        sys.stdout.write(
+            f"\n{style.strong('Self-test')} of {config.model.partial_pretrain}, {options.layers} layers, on "
+            f"{subject.device.type}: {len(documents)} {'given' if config.data.train_files else 'random'} documents, "
+            f"{subject.tokens} tokens, {int(documents.trained.sum())} trained\n\n"
+            f"  {'each against plain transformers':{_WIDTH}}difference  tolerance\n"
+        )
+        reference = reference_outcome(subject)
+        rows = []
+        for check in CHECKS:
+            rows.append(run_check(check, subject, reference))
+            sys.stdout.write(rows[-1].text(style))
+            sys.stdout.flush()
+    misses = sum(not row.holds for row in rows)
+    verdict = style.bad(f"{misses} of {len(rows)} checks miss.") if misses else style.good("Everything holds.")
+    sys.stdout.write(f"\n{verdict} {style.faint(f'({time.perf_counter() - began:.0f} s)')}\n")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m fsdpsft.selftest``: 0 where everything holds, else 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(USAGE)
+    try:
+        taken, rest = take_keys(arguments, "selftest", KEYS)
+        options = Options.parse(taken)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    if not any("data.train_files=" in argument or argument.startswith("--config-") for argument in rest):
+        rest = [*rest, "data.train_files=null"]
+    rows: list[Row] = []
+    failed = run_command(lambda config: rows.extend(selftest(config, options)), rest, "fsdpsft.selftest")
+    return failed or int(not all(row.holds for row in rows))
+
+
+if __name__ == "__main__":
+    from fsdpsft import selftest as module  # what spawned processes send back must not belong to "__main__"
+
+    sys.exit(module.main())
