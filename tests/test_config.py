@@ -32,7 +32,7 @@ def test_rules_name_existing_keys() -> None:
 def test_defaults_are_typed() -> None:
     config = load_config(NEEDED)
     assert config.optim.lr == 1e-5 and isinstance(config.optim.lr, float)
-    assert config.trainer.save_freq == "epoch" and config.data.token_budget == 4 * 1024
+    assert config.trainer.save_freq == "epoch" and config.data.token_budget == 4 * 4096
 
 
 def test_commands_of_other_trainers_are_understood() -> None:
@@ -64,7 +64,7 @@ def test_commands_of_other_trainers_are_understood() -> None:
         (["optim.decay_ratio=0.5"], "optim.decay_ratio=0.5 has no effect: it needs optim.lr_scheduler=wsd"),
         (["model.lora_alpha=64"], "model.lora_alpha=64 has no effect: it needs model.lora_rank above 0"),
         (["ulysses_sequence_parallel_size=2", "use_remove_padding=false"], "needs use_remove_padding=true"),
-        (["data.max_token_len_per_gpu=100"], "below data.max_length=1024"),
+        (["data.max_token_len_per_gpu=100"], "below data.max_length=4096"),
         (["trainer.best_metric=val/loss"], "needs data.val_files"),
         (["trainer.resume_mode=resume_path"], "go together"),
         (["trainer.logger=[consol]"], "known are console, tensorboard, wandb"),

@@ -34,6 +34,8 @@ def complaint(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str)
     code = main(
         [
             "data.train_batch_size=4",
+            "data.max_length=1024",
+            "data.truncation=error",
             f"data.cache_dir={folder / 'cache'}",
             f"trainer.default_local_dir={folder / 'out'}",
             *overrides,
@@ -55,7 +57,7 @@ ROW_FAULTS = {
     ),
     "too long": (
         [GOOD] * 5 + [{"question": "q", "answer": "word " * 2000}],
-        [r"row 5", "max_length|1024", "truncation"],
+        [r"row 5", "data.max_length=1024", "truncation"],
     ),
     "fewer rows than a batch": ([GOOD] * 3, ["data.train_batch_size=4", "3 samples"]),
 }
