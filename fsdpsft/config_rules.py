@@ -64,6 +64,9 @@ RANGES: dict[str, tuple[float, float]] = {  # inclusive bounds
 LOGGERS = ("console", "tensorboard", "wandb")
 SAVE_CONTENTS = ("model", "state")
 
+Faults = list[tuple[bool, str]]
+"""Combinations that cannot work: (is it so, what to tell)."""
+
 
 def check(config: Config, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise one ``ConfigError`` that lists every value, combination and dead key that cannot work.
@@ -83,7 +86,8 @@ def check(config: Config, values: Mapping[str, Any], defaults: Mapping[str, Any]
         for key, (low, high) in RANGES.items()
         if values[key] is not None and not low <= values[key] <= high
     ]
-    faults += [message for broken, message in _impossible(config) if broken]
+    impossible = (*_impossible_batches(config), *_impossible_learning(config), *_impossible_run(config))
+    faults += [message for broken, message in impossible if broken]
     changed = [key for key, value in values.items() if key in defaults and value != defaults[key]]
     faults += [
         f"{key}={values[key]} has no effect: it needs {needs}"
@@ -94,13 +98,8 @@ def check(config: Config, values: Mapping[str, Any], defaults: Mapping[str, Any]
         raise ConfigError("\n".join(faults) if len(faults) == 1 else "\n".join(["", *(f"- {f}" for f in faults)]))
 
 
-def _impossible(c: Config) -> list[tuple[bool, str]]:
-    """Combinations that cannot work: (is it so, what to tell)."""
-    d, m, o, t = c.data, c.model, c.optim, c.trainer
-    frequencies = {"trainer.save_freq": t.save_freq, "trainer.test_freq": t.test_freq}
-    bad_frequency = [
-        k for k, v in frequencies.items() if v != "epoch" and not (isinstance(v, int) and (v == -1 or v > 0))
-    ]
+def _impossible_batches(c: Config) -> Faults:
+    d = c.data
     return [
         (
             d.token_budget < d.max_length and c.ulysses_sequence_parallel_size * d.token_budget < d.max_length,
@@ -123,6 +122,12 @@ def _impossible(c: Config) -> list[tuple[bool, str]]:
             c.ulysses_sequence_parallel_size > 1 and not c.use_remove_padding,
             f"ulysses_sequence_parallel_size={c.ulysses_sequence_parallel_size} needs use_remove_padding=true",
         ),
+    ]
+
+
+def _impossible_learning(c: Config) -> Faults:
+    m, o = c.model, c.optim
+    return [
         (
             len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas),
             f"optim.betas={o.betas} must be two numbers in [0, 1)",
@@ -147,6 +152,16 @@ def _impossible(c: Config) -> list[tuple[bool, str]]:
             m.uses_lora and m.fsdp_config.model_dtype == "bfloat16",
             "model.fsdp_config.model_dtype=bfloat16 contradicts model.lora_rank: adapters are kept in float32",
         ),
+    ]
+
+
+def _impossible_run(c: Config) -> Faults:
+    t = c.trainer
+    frequencies = {"trainer.save_freq": t.save_freq, "trainer.test_freq": t.test_freq}
+    bad_frequency = [
+        k for k, v in frequencies.items() if v != "epoch" and not (isinstance(v, int) and (v == -1 or v > 0))
+    ]
+    return [
         (
             t.default_hdfs_dir is not None,
             f"trainer.default_hdfs_dir={t.default_hdfs_dir} is not supported; copy trainer.default_local_dir yourself",
@@ -156,7 +171,7 @@ def _impossible(c: Config) -> list[tuple[bool, str]]:
             "trainer.resume_mode=resume_path and trainer.resume_from_path go together",
         ),
         (
-            t.best_metric is not None and d.val_files is None,
+            t.best_metric is not None and c.data.val_files is None,
             f"trainer.best_metric={t.best_metric} needs data.val_files",
         ),
         (bool(bad_frequency), f'{" and ".join(bad_frequency)} must be a number of steps, "epoch" or -1'),
@@ -170,10 +185,6 @@ def _impossible(c: Config) -> list[tuple[bool, str]]:
 
 def _lora(c: Config) -> bool:
     return c.model.uses_lora
-
-
-def _new_lora(c: Config) -> bool:
-    return c.model.lora_rank > 0
 
 
 def _wsd(c: Config) -> bool:
