@@ -28,7 +28,8 @@ from fsdpsft.testing import CHATML, save_tiny_model, tiny_tokenizer
 FORGETFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -148,7 +149,7 @@ def test_bad_rows_are_all_named_and_the_rest_is_still_proven(run, tmp_path: Path
     for index, row in BAD.items():
         rows[index] = row
     file = write(tmp_path / "a.jsonl", rows)
-    code, out, _ = run(file, "data.max_length=300")
+    code, out, _ = run(file, "data.max_length=300", "data.truncation=error")
     assert code == 1
     assert f"✗ {CLAIMS['refused']}: not so in 4 rows" in out
     assert "rows 2, 5-6, 9\n" in out
@@ -156,25 +157,26 @@ def test_bad_rows_are_all_named_and_the_rest_is_still_proven(run, tmp_path: Path
     assert "12 rows (all of them), 8 replies" in out
     assert "training would not start: " in out
 
-    code, out, _ = run(file, "data.max_length=300", "data.on_bad_row=skip", "data.max_bad_share=0.5")
+    code, out, _ = run(
+        file, "data.max_length=300", "data.truncation=error", "data.on_bad_row=skip", "data.max_bad_share=0.5"
+    )
     assert code == 0
     assert "· 4 rows left out (data.on_bad_row=skip)" in out
     assert "rows 2, 5-6, 9\n" in out
     assert "1 skipped: unknown role" in out
 
-    code, out, _ = run(file, "data.max_length=300", "data.on_bad_row=skip", "data.max_bad_share=0.1")
+    code, out, _ = run(
+        file, "data.max_length=300", "data.truncation=error", "data.on_bad_row=skip", "data.max_bad_share=0.1"
+    )
     assert code == 1
     assert "more than data.max_bad_share=0.1 allows" in out
 
 
 def test_a_row_without_a_trained_token_fails(run, tmp_path: Path) -> None:
-    rows = [
-        *good(3),
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "weight": 0}]},
-    ]
+    rows = [*good(3), chat("hi", "x", weight=0)]
     code, out, _ = run(write(tmp_path / "a.jsonl", rows))
     assert code == 1
-    assert "a.jsonl: rows 3\n" in out
+    assert "a.jsonl: row 3\n" in out
 
 
 def test_damaged_files_and_nothing_usable_are_findings_not_tracebacks(run, tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_validation_rows_are_proven_too(run, tmp_path: Path) -> None:
     held_out = write(tmp_path / "held.jsonl", [*good(2), {"messages": []}])
     code, out, _ = run(write(tmp_path / "a.jsonl", good(4)), f"data.val_files={held_out}")
     assert code == 1
-    assert "held.jsonl: rows 2\n" in out
+    assert "held.jsonl: row 2\n" in out
     assert "7 rows (all of them), 6 replies" in out
 
 
@@ -271,11 +273,8 @@ def test_rows_of_token_ids_are_counted_apart(run, tmp_path: Path) -> None:
 
 
 def test_the_cost_of_histories_is_counted_turn_by_turn(run, model: Path, tmp_path: Path) -> None:
-    rows = [
-        chat("a?", "one", "b?", "two", "c?", "three", reasoning_content="so"),
-        chat("a?", "b"),
-        chat("x", "y", "z", "w"),
-    ]
+    three = chat("a?", "one", "b?", "two", "c?", "three", reasoning_content="so")
+    rows = [three, chat("a?", "b"), chat("x", "y", "z", "w")]
     file = tmp_path / "template.jinja"
     file.write_text(FORGETFUL)
     tokenizer = tiny_tokenizer(FORGETFUL)
@@ -360,6 +359,6 @@ def test_counts_have_their_plural() -> None:
 
 
 def test_numbers_are_named_as_ranges() -> None:
-    assert ranges([5, 0, 1, 2, 9, 10]) == "0-2, 5, 9-10"
-    assert ranges(range(0, 20, 2), most=3) == "0, 2, 4 and 7 more, the last 18"
+    assert ranges([5, 0, 1, 2, 9, 10]) == "rows 0-2, 5, 9-10"
+    assert ranges(range(0, 20, 2), most=3) == "rows 0, 2, 4 and 7 more, the last 18"
     assert table([["a", "bb"], ["ccc", "1"]]) == "  a    bb\n  ccc   1\n"

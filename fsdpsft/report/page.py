@@ -120,7 +120,7 @@ def _proof(proof: Proof) -> str:
 def _finding(title: str, group: Group, kind: str) -> str:
     prefix = "Broken: " if kind == "error" else f"{number(group.count)} "
     rows = "".join(
-        f'<span class="place">{_text(file)}: rows {ranges(found, _RANGES)}</span>'
+        f'<span class="place">{_text(file)}: {ranges(found, _RANGES)}</span>'
         for file, found in group.rows.items()
         if found
     )
@@ -249,9 +249,10 @@ def _plan(plan: RunPlan) -> str:
 
 
 def _curve(plan: RunPlan) -> str:
+    warmup = f"{counted(plan.warmup_steps, 'step')} of warm-up"
     return (
-        f"<section><h2>Learning rate</h2><p>{escape(plan.schedule.capitalize())}, {counted(plan.warmup_steps, 'step')} of "
-        f"warm-up.</p>{curve_svg(plan.lr)}</section>"
+        f"<section><h2>Learning rate</h2><p>{escape(plan.schedule.capitalize())}, {warmup}.</p>"
+        f"{curve_svg(plan.lr)}</section>"
     )
 
 

@@ -146,8 +146,8 @@ def histogram_text(histogram: Histogram, style: Style) -> str:
 def plan_text(plan: RunPlan, style: Style) -> str:
     """Steps, packing and balance."""
     head = (
-        f"  {counted(plan.total_steps, 'step')} of {number(plan.batch_size)} samples, {number(plan.steps_per_epoch)} an "
-        f"epoch ({counted(plan.epochs, 'epoch')} of {number(plan.samples)} samples)\n"
+        f"  {counted(plan.total_steps, 'step')} of {number(plan.batch_size)} samples, {number(plan.steps_per_epoch)} "
+        f"an epoch ({counted(plan.epochs, 'epoch')} of {number(plan.samples)} samples)\n"
         f"  {number(plan.tokens)} tokens, {number(plan.trained_tokens)} of them trained; "
         f"{number(plan.tokens_per_step)} a step, at least {number(plan.trained_least)} trained\n"
         f"  {'packed' if plan.packed else 'padded'}, up to {number(plan.token_budget)} tokens a GPU and pass\n\n"
@@ -266,7 +266,7 @@ def proof_text(proof: Proof, style: Style) -> str:
 
 def _named(group: Group, style: Style) -> list[str]:
     """The rows of a group, all of them, and a few findings in full."""
-    lines = [f"      {visible(file)}: rows {ranges(rows)}" for file, rows in group.rows.items() if rows]
+    lines = [f"      {visible(file)}: {ranges(rows)}" for file, rows in group.rows.items() if rows]
     shown = group.shown(EXAMPLES)
     for finding, count in shown:
         like_it = f" (and {number(count - 1)} more like it)" if count > 1 else ""
@@ -277,7 +277,7 @@ def _named(group: Group, style: Style) -> list[str]:
 
 
 def ranges(numbers: Sequence[int], most: int = _RANGES) -> str:
-    """Ascending numbers as ``0-7, 9, 12``; of very many runs the first."""
+    """Numbers of rows as ``rows 0-7, 9, 12``; of very many runs the first."""
     runs: list[tuple[int, int]] = []
     for value in sorted(numbers):
         if runs and value == runs[-1][1] + 1:
@@ -286,4 +286,8 @@ def ranges(numbers: Sequence[int], most: int = _RANGES) -> str:
             runs.append((value, value))
     named = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:most])
     left = sum(b - a + 1 for a, b in runs[most:])
-    return named + (f" and {left:,} more, the last {runs[-1][1]}" if left else "")
+    return (
+        ("row " if len(numbers) == 1 else "rows ")
+        + named
+        + (f" and {left:,} more, the last {runs[-1][1]}" if left else "")
+    )
