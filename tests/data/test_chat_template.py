@@ -6,16 +6,16 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import golden_templates as golden
 import numpy as np
 import pytest
-from golden_templates import conversation, message, tokenizer_for
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fsdpsft.data.chat_template import ChatTemplate, Encoded
 from fsdpsft.errors import ConfigError, DataError, ModelError
 from fsdpsft.testing import tiny_tokenizer
+from tests.data import golden_templates as golden
+from tests.data.golden_templates import conversation, message, tokenizer_for
 
 QUESTION, ANSWER = message("user", "What is 2+2?"), message("assistant", "It is 4.")
 SECOND, LAST = message("user", "And 3?"), message("assistant", "Then 6.")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_templates import PLAIN_ADDED, conversation, message
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from fsdpsft.data.chat_template import ChatTemplate
 from fsdpsft.data.conversation import Conversation
 from fsdpsft.errors import DataError
 from fsdpsft.testing import tiny_tokenizer
+from tests.data.golden_templates import PLAIN_ADDED, conversation, message
 
 trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_encoder import ToyEncoder, write_rows
 
 from fsdpsft.data.chat_template import Encoded
 from fsdpsft.data.sources import Row, resolve_sources
@@ -15,6 +14,7 @@ from fsdpsft.data.token_store import MANIFEST, TokenStore
 from fsdpsft.data.token_store_build import build
 from fsdpsft.data.token_store_parts import BuildOptions, truncate
 from fsdpsft.errors import DataError, RowError
+from tests.data.toy_encoder import ToyEncoder, write_rows
 
 NO_PROCESSES = {"num_workers": 1, "max_bad_share": 1.0}
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_encoder import ToyEncoder, write_rows
 
 from fsdpsft.data import token_store_build
 from fsdpsft.data.build_lock import exclusive, is_held
@@ -19,6 +18,7 @@ from fsdpsft.data.token_store import TokenStore
 from fsdpsft.data.token_store_build import build, open_or_build, store_key
 from fsdpsft.data.token_store_parts import BuildOptions
 from fsdpsft.errors import DataError, RowError
+from tests.data.toy_encoder import ToyEncoder, write_rows
 
 ALONE = BuildOptions(num_workers=1)
 PAIR = BuildOptions(num_workers=2)
