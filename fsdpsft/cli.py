@@ -6,10 +6,11 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from fsdpsft.config import CONF_DIR, Config, load_config, to_yaml
-from fsdpsft.errors import UserError
+from fsdpsft.errors import RunFailed, UserError
 
 USAGE = """usage: [torchrun --nproc_per_node=N] -m {module} key=value …
 
@@ -51,7 +52,22 @@ def run_command(command: Callable[[Config], object], arguments: Sequence[str], m
         else:
             sys.stderr.write(f"error: {error}\n")
         return 1
+    except RunFailed as failure:
+        return _tell(failure)
     return 0
+
+
+def _tell(failure: RunFailed) -> int:
+    """Write what ended the run, whole lines at once; the process at fault gives its traceback, the others one line."""
+    sys.stderr.write(f"{failure}\n")
+    if not failure.collateral:
+        sys.stderr.write("".join(traceback.format_exception(failure.__cause__)))
+    sys.stderr.flush()
+    if failure.processes > 1:
+        if failure.collateral:
+            time.sleep(5)  # torchrun ends the run at the first death it sees: let that be the one at fault
+        os._exit(1)  # the interpreter's own end would join threads that wait for other processes
+    return 1
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

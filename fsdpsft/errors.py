@@ -25,6 +25,19 @@ class CheckpointError(UserError):
     """A checkpoint that is torn, foreign to this run, or cannot be written."""
 
 
+class RunFailed(RuntimeError):  # noqa: N818 - told apart from the user's mistakes above
+    """A run that ended for no fault of its settings: a bug, a lost process, a time-out. The cause is chained to it.
+
+    Attributes:
+        processes: of the run.
+        collateral: another process is at fault; this one has nothing to tell but that it noticed.
+    """
+
+    def __init__(self, message: str, *, processes: int, collateral: bool) -> None:
+        super().__init__(message)
+        self.processes, self.collateral = processes, collateral
+
+
 class RowError(DataError):
     """One row that cannot be used, while its neighbours may be fine.
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torch
 from fsdpsft.checkpoint import Adapter, CheckpointManager
 from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
+from fsdpsft.distributed.failure import explain
 from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh
+from fsdpsft.errors import UserError
 from fsdpsft.flops import flop_count
 from fsdpsft.hf_export import Handoff
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
@@ -29,7 +32,7 @@ from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
-from fsdpsft.signals import StopSignal
+from fsdpsft.signals import Stopped, StopSignal
 from fsdpsft.training_state import TrainState, check_config, read_state
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class Run:
         data: what the data side prepared.
         validation: None without ``data.val_files``.
         total_steps: optimiser steps of the whole run; ``start_step`` of them were done before.
+        under_way: the step at work, counted from 1; 0 before the first.
     """
 
     config: Config
@@ -59,6 +63,13 @@ class Run:
     requests: StopSignal
     start_step: int
     total_steps: int
+    under_way: int = 0
+
+    def steps(self) -> Iterator[Step]:
+        """The steps still to do, built ahead; ``under_way`` is the one at work, counted from 1."""
+        for step in self.loader.iterate(self.start_step, self.total_steps):
+            self.under_way = step.index + 1
+            yield step
 
     def lr(self, step: Step) -> float:
         """Learning rate of a step."""
@@ -98,21 +109,45 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    """Prepare the data, join the processes, build everything; close it all afterwards, whatever happened."""
+    """Prepare the data, join the processes, build everything; close it all afterwards.
+
+    Raises:
+        RunFailed: an error that is no user's mistake, or another process's; names rank and step.
+    """
     data = prepare_data(config)  # before any process group: nobody times out while tokens are made
-    device = choose_device(config.trainer.device)
+    device, t = choose_device(config.trainer.device), config.trainer
     joined_before = torch.distributed.is_initialized()
     mesh = init_mesh(
         device, sp_size=config.ulysses_sequence_parallel_size,
-        replicate_size=config.model.fsdp_config.replicate_size, timeout_s=config.trainer.timeout,
+        replicate_size=config.model.fsdp_config.replicate_size, timeout_s=t.timeout,
     )  # fmt: skip
+    run: Run | None = None
     try:
-        torch.manual_seed(config.trainer.seed)
-        save_on_file = Path(config.trainer.save_on_file) if config.trainer.save_on_file else None
-        with StopSignal(save_on_file) as requests, contextlib.closing(_build(config, data, mesh, requests)) as run:
+        torch.manual_seed(t.seed)
+        save_on_file = Path(t.save_on_file) if t.save_on_file else None
+        with StopSignal(save_on_file, timedelta(seconds=t.timeout)) as requests:
+            run = _build(config, data, mesh, requests)
             yield run
+    except (UserError, Stopped):  # all processes come here together
+        _leave(run, joined_before)
+        raise
+    except Exception as error:
+        # The others may be waiting for this process: to leave in good order could take until their time-out.
+        if mesh.world_size == 1:
+            _leave(run, joined_before)
+        step = run.under_way if run is not None else 0
+        raise explain(error, rank=mesh.rank, step=step, processes=mesh.world_size, timeout_s=t.timeout) from error
+    else:
+        _leave(run, joined_before)
+
+
+def _leave(run: Run | None, joined_before: bool) -> None:
+    """Finish what is being written and leave the process group, unless it is the caller's own."""
+    try:
+        if run is not None:
+            run.close()
     finally:
-        if not joined_before:  # a caller's own process group stays the caller's
+        if not joined_before:
             close_mesh()
 
 

@@ -12,6 +12,7 @@ import enum
 import logging
 import signal
 import threading
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -49,13 +50,14 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, save_on_file: Path | None = None) -> None:
+    def __init__(self, save_on_file: Path | None = None, timeout: timedelta | None = None) -> None:
         """Collective where ``torch.distributed`` is initialised: makes a gloo group of its own.
 
         Args:
             save_on_file: when this file appears, a save is asked for, and the file removed.
+            timeout: for one process waiting for another; None takes torch's own.
         """
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._leads = self._group is None or dist.get_rank() == 0
         self._file = save_on_file
         self._asked = Request.NONE

@@ -33,10 +33,11 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
         Stopped: a signal asked for it; the run is saved and goes on from there when started again.
+        RunFailed: anything else, here or in another process; names rank and step.
     """
     t = config.trainer
     with open_run(config) as run:
-        for step in run.loader.iterate(run.start_step, run.total_steps):
+        for step in run.steps():
             set_lr(run.optimizer, run.lr(step))
             stats = train_step(run.model, run.optimizer, step, config.optim.clip_grad, run.sync_every_micro_batch)
             run.recorder.record(step, stats, run.lr(step))

@@ -10,11 +10,14 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fsdpsft.errors import ConfigError
+
+_NCCL_GRACE_S = 60
 
 
 def env_rank() -> int:
@@ -90,6 +93,8 @@ def choose_device(name: str) -> torch.device:
 def init_mesh(device: torch.device, *, sp_size: int = 1, replicate_size: int = 1, timeout_s: int = 600) -> Mesh:
     """Join the process group that torchrun describes and arrange it; one process needs no group at all.
 
+    A collective that waits longer than ``timeout_s`` seconds for a process ends the run.
+
     Raises:
         ConfigError: the number of processes cannot be arranged as asked.
     """
@@ -98,19 +103,31 @@ def init_mesh(device: torch.device, *, sp_size: int = 1, replicate_size: int = 1
     if world_size == 1:
         return Mesh(device, 0, 1, 0, 1, 0, 1, None, None)
     if not dist.is_initialized():
-        # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there.
+        # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there. NCCL gets more time, as
+        # it ends the process without saying at which step; the agreement on stop signals, over gloo, can say so.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        extra = _NCCL_GRACE_S if device.type == "cuda" else 0
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + extra))
     rank, dp_size = dist.get_rank(), world_size // sp_size
-    shards = world_size // replicate_size
+    ranks, timeout = np.arange(world_size), timedelta(seconds=timeout_s)
     if replicate_size > 1:
-        fsdp = init_device_mesh(device.type, (replicate_size, shards), mesh_dim_names=("dp_replicate", "dp_shard_sp"))
+        grid = ranks.reshape(replicate_size, -1)
+        # Groups are made by hand, as those of init_device_mesh would have torch's own time-out.
+        groups = [_group_among(grid.T, timeout), _group_among(grid, timeout)]
+        names = ("dp_replicate", "dp_shard_sp")
+        fsdp = DeviceMesh.from_group(groups, device.type, torch.from_numpy(grid), mesh_dim_names=names)
     else:
-        fsdp = init_device_mesh(device.type, (shards,), mesh_dim_names=("dp_shard_sp",))
-    sp_group = None
-    if sp_size > 1:
-        sp_group = init_device_mesh(device.type, (dp_size, sp_size), mesh_dim_names=("dp", "sp")).get_group("sp")
+        fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard_sp",))
+    sp_group = _group_among(ranks.reshape(dp_size, sp_size), timeout) if sp_size > 1 else None
     return Mesh(device, rank, world_size, rank // sp_size, dp_size, rank % sp_size, sp_size, fsdp, sp_group)
+
+
+def _group_among(rows: np.ndarray, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of this process, of groups that are the rows of ``rows``. Collective."""
+    group: dist.ProcessGroup | None
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)  # type: ignore[no-untyped-call]
+    assert group is not None
+    return group
 
 
 def close_mesh() -> None:
