@@ -270,6 +270,7 @@ def test_rows_of_token_ids_are_counted_apart(run, tmp_path: Path) -> None:
     code, out, _ = run(write(tmp_path / "a.jsonl", rows))
     assert code == 0
     assert "4 rows came as token ids; their mask is taken at its word" in out
+    assert "All 4 rows can be trained on; 4 came as token ids, with a mask of their own." in out
 
 
 def test_the_cost_of_histories_is_counted_turn_by_turn(run, model: Path, tmp_path: Path) -> None:

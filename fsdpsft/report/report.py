@@ -40,8 +40,10 @@ class Report:
         p = self.proof
         if self.passed:
             whole = p.available is None or p.rows >= p.available
-            what = f"All {p.rows:,} rows" if whole else f"{p.rows:,} of {p.available:,} rows were looked at: all"
-            return f"{what} are proven: what is trained is what the model must say, and nothing else."
+            extent = f"All {p.rows:,} rows" if whole else f"{p.rows:,} of {p.available:,} rows were looked at: all"
+            if p.finished_tokens:
+                return f"{extent} can be trained on; {p.finished_tokens:,} came as token ids, with a mask of their own."
+            return f"{extent} are proven: what is trained is what the model must say, and nothing else."
         faults = [f"{p.failed_rows:,} of {p.rows:,} rows fail"] if p.failed_rows else []
         faults += ["a file cannot be read"] if p.errors and not p.failed_rows else []
         faults += ["training would not start"] if self.problems else []
