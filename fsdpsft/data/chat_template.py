@@ -173,6 +173,7 @@ class ChatTemplate:
         if history not in ("as_rendered", "per_turn"):
             raise ConfigError(f"data.history={history!r}: 'as_rendered' or 'per_turn'")
         self.tokenizer = tokenizer
+        self.replaced = template is not None
         self.eos_token_ids = tuple(eos_token_ids)
         self.history = history
         self.special_tokens_in_content = special_tokens_in_content

@@ -92,6 +92,7 @@ def _check_turn(
             "stop_not_in_eos", index,
             f"the turn ends with {stops[last]!r} (id {last}), but generation stops at {list(template.eos_token_ids)}; "
             "add it to eos_token_id in generation_config.json",
+            is_error=not template.replaced,  # a template of the user's own is exported together with its stop token
         )  # fmt: skip
     trained = "".join(template.tokens.decode(ids[a:b]) for _, (a, b) in pieces)
     message = plan.messages[index]

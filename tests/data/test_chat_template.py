@@ -389,6 +389,11 @@ class TestCheck:
         names = [finding.name for finding in template.check(conversation(QUESTION, ANSWER))]
         assert names == ["stop_not_in_eos"]
 
+    def test_stop_token_of_a_replaced_template_is_exported_with_it(self) -> None:
+        template = ChatTemplate(tokenizer_for(golden.CHATML), "chatml", eos_token_ids=[0])
+        (finding,) = template.check(conversation(QUESTION, ANSWER))
+        assert finding.name == "stop_not_in_eos" and not finding.is_error
+
     def test_a_wrong_mask_would_be_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Shift the located bounds: each rule that breaks is named."""
         template = ChatTemplate(tokenizer_for(golden.CHATML))
