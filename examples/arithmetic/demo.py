@@ -46,10 +46,10 @@ def training_command(folder: Path, batch_size: int) -> list[str | Path]:
         "data.max_length=512",
         f"model.partial_pretrain={folder}/model",
         "model.enable_gradient_checkpointing=none",
-        "optim.lr=4e-3",
+        "optim.lr=3e-3",
         "optim.warmup_steps_ratio=0.05",
         "trainer.total_epochs=1",
-        "trainer.log_freq=25",
+        "trainer.log_freq=50",
         "trainer.resume_mode=disable",
         f"trainer.default_local_dir={folder}/run",
     ]  # fmt: skip
@@ -98,9 +98,9 @@ def main() -> None:
     """Run the demo in a folder of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--conversations", type=int, default=28_800, help="to train on, once each")
+    parser.add_argument("--conversations", type=int, default=24_000, help="to train on, once each")
     parser.add_argument("--questions", type=int, default=256, help="held out, asked before and after")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
     folder: Path = args.folder
     start = time.monotonic()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from problems import Problem, stated_answer
+from problems import result, stated_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_NEW_TOKENS = 96
@@ -41,14 +41,16 @@ def replies(
     return texts
 
 
-def calculate(reply: str) -> str | None:
-    """Run the calculator on a reply that calls it well-formed; None for any other reply."""
-    call = CALL.match(reply)
+def follow_call(reply: str) -> list[dict[str, Any]] | None:
+    """The messages of a tool call and its result, if the reply is a well-formed call; None for any other reply."""
+    match = CALL.match(reply)
     try:
-        a, op, b = json.loads(call[1])["arguments"]["expression"].split(" ") if call else ("", "", "")
-        return str(Problem(int(a), op, int(b)).answer)
+        function = json.loads(match[1]) if match else {}
+        returned = result(function["arguments"])
     except (ValueError, KeyError, TypeError):
         return None
+    calls = [{"type": "function", "function": function}]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": returned}]
 
 
 def exact_match(
@@ -66,12 +68,8 @@ def exact_match(
     answers = replies(model, tokenizer, chats)
     waiting = []
     for i, (chat, reply) in enumerate(zip(chats, answers, strict=True)):
-        if chat["tools"] and (result := calculate(reply)) is not None:
-            call = json.loads(CALL.match(reply)[1])  # type: ignore[index]
-            chat["messages"] += [
-                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
-                {"role": "tool", "content": result},
-            ]
+        if chat["tools"] and (messages := follow_call(reply)):
+            chat["messages"] += messages
             waiting.append(i)
     for i, reply in zip(waiting, replies(model, tokenizer, [chats[i] for i in waiting]), strict=True):
         answers[i] = reply

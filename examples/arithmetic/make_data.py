@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from problems import Chat, chat
 
-KINDS = {"single": 0.55, "follow-up": 0.30, "tool": 0.15}
+KINDS = {"single": 0.5, "follow-up": 0.3, "tool": 0.2}
 
 
 def draw(rng: random.Random, count: int, unseen: set[tuple[str, int, int]]) -> list[Chat]:

@@ -30,11 +30,12 @@ def spoken_text(path: Path, tokenizer: PreTrainedTokenizerFast, count: int = 400
 def make_tokenizer(data: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE that spells any text, keeps each digit a token of its own and may merge across words.
 
-    Digits apart is what lets column addition be learned; phrases as one token keep the sequences short. Lines stay
-    apart too, so that a reply's first token never merges with the header before it.
+    Digits apart is what lets column addition be learned, and a number's first digit is told from the others by the
+    space it takes along; phrases as one token keep the sequences short. Lines stay apart too, so that a reply's first
+    token never merges with the header before it.
     """
     bpe = Tokenizer(models.BPE())
-    lines_and_digits = pre_tokenizers.Split(Regex(r"\d|\n"), "isolated")
+    lines_and_digits = pre_tokenizers.Split(Regex(r" ?\d|\n"), "isolated")
     bytes_of_phrases = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([lines_and_digits, bytes_of_phrases])
     bpe.decoder = decoders.ByteLevel()
@@ -57,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="parquet file whose text the tokenizer is trained on")
-    parser.add_argument("--vocab-size", type=int, default=768)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

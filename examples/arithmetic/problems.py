@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -52,12 +53,16 @@ FOLLOW_UPS = {
     "-": ("Then {b} are taken away. How many are left?", "And with {b} fewer?", "Now subtract {b}."),
 }
 SYSTEM_PROMPTS = ("You are a patient teacher.", "Work the sum out step by step.")
-CALCULATOR = {
+MULTIPLY = {
     "type": "function",
     "function": {
-        "name": "calculator",
+        "name": "multiply",
         "description": "Multiply two numbers.",
-        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
     },
 }
 
@@ -111,7 +116,7 @@ def solution(problem: Problem) -> str:
     """Work the problem out as on paper, from the ones up, with carries and borrows; products are the tool's."""
     a, op, b = problem.a, problem.op, problem.b
     if op == "*":
-        return f"{a} * {b} = {problem.answer}. The answer is {problem.answer}."
+        return f"That is {a} * {b} = {problem.answer}. The answer is {problem.answer}."
     steps, carry = [], 0
     for i, column in enumerate(COLUMNS):
         x, y = a // 10**i % 10, b // 10**i % 10
@@ -124,7 +129,7 @@ def solution(problem: Problem) -> str:
         one_more = f" {op} 1" if carry else ""
         steps.append(f"{column}: {x} {op} {y}{one_more} = {total}, write {total % 10}{passed_on}.")
         carry = 1 if passed_on else 0
-    return f"{a} {op} {b}. {' '.join(steps)} The answer is {problem.answer}."
+    return f"That is {a} {op} {b}. {' '.join(steps)} The answer is {problem.answer}."
 
 
 def stated_answer(reply: str) -> int | None:
@@ -144,13 +149,21 @@ class Chat:
     @property
     def tools(self) -> list[dict[str, Any]] | None:
         """The tools on offer."""
-        return [CALCULATOR] if self.kind == "tool" else None
+        return [MULTIPLY] if self.kind == "tool" else None
 
 
-def calls(problem: Problem) -> list[dict[str, Any]]:
+def call(problem: Problem) -> dict[str, Any]:
     """The tool call that solves the problem."""
-    arguments = {"expression": f"{problem.a} {problem.op} {problem.b}"}
-    return [{"type": "function", "function": {"name": "calculator", "arguments": arguments}}]
+    return {"type": "function", "function": {"name": "multiply", "arguments": {"a": problem.a, "b": problem.b}}}
+
+
+def result(arguments: dict[str, int]) -> str:
+    """What the tool answers to a call.
+
+    Raises:
+        KeyError, TypeError: the arguments are not the tool's.
+    """
+    return json.dumps({"product": int(arguments["a"] * arguments["b"])})
 
 
 def chat(rng: random.Random, kind: str) -> Chat:
@@ -160,8 +173,8 @@ def chat(rng: random.Random, kind: str) -> Chat:
         problem = product(rng)
         turns = [
             {"role": "user", "content": question(rng, problem)},
-            {"role": "assistant", "content": "", "tool_calls": calls(problem)},
-            {"role": "tool", "content": str(problem.answer)},
+            {"role": "assistant", "content": "", "tool_calls": [call(problem)]},
+            {"role": "tool", "content": result({"a": problem.a, "b": problem.b})},
             {"role": "assistant", "content": solution(problem)},
         ]
         return Chat(kind, (problem,), system + turns)

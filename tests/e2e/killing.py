@@ -66,9 +66,10 @@ def command(processes: int, overrides: Sequence[str], *, max_restarts: int = 0) 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``delay`` seconds after the save of ``step`` or a later one has begun (or that step was logged).
+    """When to kill: ``delay`` seconds after the save of ``step`` or a later one has begun, or after that many steps.
 
     Attributes:
+        during: "save", or "step": when that step's line stands in ``metrics.jsonl``.
         victim: "all" processes at once, or "worker": the one of rank 1 alone.
     """
 
@@ -83,33 +84,35 @@ class Ended:
     """How a start ended.
 
     Attributes:
-        killed: whether the moment came before the run's own end.
-        code: exit code, where the run ended by itself.
-        torn: whether a half-written checkpoint was lying about after the kill.
+        kills: moments that came before the run's own end.
+        code: exit code.
+        torn: after how many of the kills a half-written checkpoint was lying about.
     """
 
-    killed: bool
-    code: int | None
-    torn: bool
+    kills: int
+    code: int
+    torn: int
 
 
-def run_and_kill(line: Sequence[str], folder: Path, log: Path, moment: Moment | None) -> Ended:
-    """Start a run that writes to ``folder``, kill it at ``moment``, and wait for the end of whatever is left."""
+def run_and_kill(line: Sequence[str], folder: Path, log: Path, moments: Sequence[Moment] = ()) -> Ended:
+    """Start a run that writes to ``folder``, kill it at each of the moments, and wait for the end of what is left."""
+    kills = torn = 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        killed = moment is not None and _wait_for(moment, folder, process)
-        torn = False
-        if killed and moment is not None:
+        for moment in moments:
+            if not _wait_for(moment, folder, process):
+                break
             _kill(process.pid, moment.victim)
-            torn = any(folder.glob(".tmp-global_step_*"))
+            kills += 1
+            torn += any(folder.glob(".tmp-global_step_*"))
         code = process.wait(TIMEOUT_S)
     finally:
         if process.poll() is None:
             _kill(process.pid, "all")
             process.wait()
-    return Ended(killed, code, torn)
+    return Ended(kills, code, torn)
 
 
 def _wait_for(moment: Moment, folder: Path, process: subprocess.Popen[bytes]) -> bool:

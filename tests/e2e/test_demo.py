@@ -44,7 +44,7 @@ def test_every_worked_step_and_answer_is_right(data: Path) -> None:
     worked = [reply for _, reply in questions_and_replies(data, "train") if " * " not in reply and reply]
     assert len(worked) > 400  # more than one a conversation: some have several turns
     for reply in worked:
-        a, op, b = re.match(r"(\d+) ([+-]) (\d+)\. Ones: ", reply).groups()
+        a, op, b = re.match(r"That is (\d+) ([+-]) (\d+)\. Ones: ", reply).groups()
         answer = int(a) + int(b) if op == "+" else int(a) - int(b)
         assert reply.endswith(f" The answer is {answer}.")
         steps = TERM.findall(reply)
@@ -55,7 +55,7 @@ def test_every_worked_step_and_answer_is_right(data: Path) -> None:
 def test_no_held_out_problem_is_trained_on_in_any_wording_or_turn(data: Path) -> None:
     def problems(name: str) -> set[tuple[str, ...]]:
         replies = [m["content"] for row in pq.read_table(data / f"{name}.parquet").to_pylist() for m in row["messages"]]
-        found = [re.match(r"(\d+) ([-+*]) (\d+)[. ]", text) for text in replies]
+        found = [re.match(r"That is (\d+) ([-+*]) (\d+)[. ]", text) for text in replies]
         terms = [match.groups() for match in found if match]
         return {(a, op, b) for a, op, b in terms} | {(b, op, a) for a, op, b in terms if op != "-"}
 
@@ -70,26 +70,26 @@ def test_no_held_out_problem_is_trained_on_in_any_wording_or_turn(data: Path) ->
 def test_template_renders_tools_calls_and_results(data: Path, tmp_path: Path) -> None:
     run(sys.executable, DEMO / "make_model.py", tmp_path, "--data", data / "train.parquet", "--layers", "1")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    function = {"name": "calculator", "arguments": {"expression": "2 * 3"}}
+    function = {"name": "multiply", "arguments": {"a": 2, "b": 3}}
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is 2 times 3?"},
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
         {"role": "tool", "content": "6"},
     ]
-    tools = [{"type": "function", "function": {"name": "calculator"}}]
+    tools = [{"type": "function", "function": {"name": "multiply"}}]
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nBe brief.\n\nYou may call these functions:\n<tools>\n"
-        '{"type": "function", "function": {"name": "calculator"}}\n</tools>\n'
+        '{"type": "function", "function": {"name": "multiply"}}\n</tools>\n'
         'A call is one JSON object with "name" and "arguments" between <tool_call> tags.<|im_end|>\n'
         "<|im_start|>user\nWhat is 2 times 3?<|im_end|>\n"
-        '<|im_start|>assistant\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "2 * 3"}}\n'
+        '<|im_start|>assistant\n<tool_call>\n{"name": "multiply", "arguments": {"a": 2, "b": 3}}\n'
         "</tool_call><|im_end|>\n<|im_start|>tool\n6<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert tokenizer.convert_ids_to_tokens(tokenizer("1023")["input_ids"]) == ["1", "0", "2", "3"]
+    assert tokenizer.tokenize("is 1023.")[-5:] == ["Ġ1", "0", "2", "3", "."]
 
 
 def test_demo_trains_exports_and_reports(tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_one_process_killed_in_its_saves(home: Path, straight: Path) -> None:
     chance = random.Random(1)
     line = command(1, settings(home, "killed"))
     for step in (2, 5, 9):
-        ended = run_and_kill(line, home / "killed", home / "killed.log", Moment(step, chance.uniform(0, 0.03)))
-        assert ended.killed
-    last = run_and_kill(line, home / "killed", home / "killed.log", None)
+        ended = run_and_kill(line, home / "killed", home / "killed.log", [Moment(step, chance.uniform(0, 0.03))])
+        assert (ended.kills, ended.code) == (1, -signal.SIGKILL)
+    last = run_and_kill(line, home / "killed", home / "killed.log")
     assert last.code == 0, (home / "killed.log").read_text()
     assert differences(home / "killed", straight) == []
 
@@ -146,10 +146,10 @@ def test_torchrun_killed_whole_and_one_worker_that_comes_back(home: Path, two_pr
     """First all processes die in a save, then one worker, which torchrun brings back with the others."""
     log = home / "torchrun.log"
     line = command(2, settings(home, "torchrun"), max_restarts=2)
-    ended = run_and_kill(line, home / "torchrun", log, Moment(3, 0.01))
-    assert ended.killed and ended.code == -signal.SIGKILL
-    ended = run_and_kill(line, home / "torchrun", log, Moment(7, 0.02, victim="worker"))
-    assert ended.killed and ended.code == 0, log.read_text()
+    ended = run_and_kill(line, home / "torchrun", log, [Moment(3, 0.01)])
+    assert (ended.kills, ended.code) == (1, -signal.SIGKILL)
+    ended = run_and_kill(line, home / "torchrun", log, [Moment(7, 0.02, victim="worker")])
+    assert (ended.kills, ended.code) == (1, 0), log.read_text()
     assert log.read_text().count("resuming at step") == 2
     assert differences(home / "torchrun", two_processes / "straight-2") == []
 
