@@ -9,26 +9,31 @@ recomputed. FSDP last, around whole blocks; then each process reads only its row
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fsdpsft.batch import PackedBatch
 from fsdpsft.config import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
-from fsdpsft.distributed.fsdp import MasterWeights, set_gradient_sync, shard_model
+from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import kernels, lora
+from fsdpsft.model import experts, kernels, lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
 from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_blocks, resolve_dtype
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,6 +45,7 @@ class ParallelModel:
         attend: the attention backend, inside the Ulysses exchange where there is one.
         masters: stands between master weights and compute dtype for one process; None where FSDP does that.
         trimmed: whether the last block computes trained positions only.
+        whole: FSDP units that stay whole from forward to backward.
     """
 
     module: SFTModel
@@ -48,6 +54,7 @@ class ParallelModel:
     masters: MasterWeights | None
     compute_dtype: torch.dtype
     trimmed: bool = False
+    whole: Sequence[FSDPModule] = ()
 
     def __call__(self, batch: PackedBatch, sources: int = 1) -> tuple[Tensor, Tensor]:
         """Run this process's part of ``batch``.
@@ -85,9 +92,9 @@ class ParallelModel:
         if self.masters is not None:
             self.masters.refresh()
 
-    def sync_gradients(self, sync: bool) -> None:
-        """Whether the next backward sums gradients over processes."""
-        set_gradient_sync(self.module, sync)
+    def prepare_micro_batch(self, *, last: bool, sync: bool) -> None:
+        """Say whether the step's last micro-batch comes, and whether its backward sums gradients over processes."""
+        prepare_micro_batch(self.module, self.whole, last=last, sync=sync)
 
 
 def build_model(
@@ -111,6 +118,8 @@ def build_model(
     causal_lm = adapted_model(path, settings, dtype, layers)
     check_architecture(causal_lm, packed=packed)
     prove_head(causal_lm)
+    for remark in experts.remarks(causal_lm.config):
+        log.warning("%s: %s", type(causal_lm).__name__, remark)
     if settings.use_liger:
         kernels.apply_liger(causal_lm, mesh.device)
     backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
@@ -127,10 +136,10 @@ def build_model(
     if settings.compile:
         for block in blocks:
             block.compile()
-    _shard(module, blocks, settings, mesh, dtype)
+    whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
-    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed)
+    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, whole)
 
 
 def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
@@ -163,11 +172,13 @@ def _adapter_path(settings: ModelConfig) -> Path | None:
     return Path(settings.lora_adapter_path) if settings.lora_adapter_path else None
 
 
-def _shard(module: SFTModel, blocks: list[nn.Module], settings: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+def _shard(
+    module: SFTModel, blocks: list[nn.Module], settings: ModelConfig, mesh: Mesh, dtype: torch.dtype
+) -> list[FSDPModule]:
     if mesh.fsdp is None:
-        return
+        return []
     fsdp = settings.fsdp_config
-    shard_model(
+    return shard_model(
         module, blocks, mesh.fsdp, compute_dtype=dtype, reduce_dtype=resolve_dtype(fsdp.reduce_dtype, mesh.device),
         reshard_after_forward=fsdp.reshard_after_forward, offload=fsdp.offload_params,
         min_num_params=fsdp.wrap_policy.min_num_params,

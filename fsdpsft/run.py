@@ -120,6 +120,7 @@ def open_run(config: Config) -> Iterator[Run]:
     mesh = init_mesh(
         device, sp_size=config.ulysses_sequence_parallel_size,
         replicate_size=config.model.fsdp_config.replicate_size, timeout_s=t.timeout,
+        shard_alone=config.model.fsdp_config.offload_params,
     )  # fmt: skip
     run: Run | None = None
     try:

@@ -316,7 +316,8 @@ def outcome(
 ) -> Outcome:  # fmt: skip
     """The trainer's way: its loader, its model, its step, in this process and those it has been started with."""
     padded = not subject.packed if padded is None else padded
-    mesh = init_mesh(choose_device(torch.device(device).type), sp_size=sp_size)
+    offload = settings.fsdp_config.offload_params
+    mesh = init_mesh(choose_device(torch.device(device).type), sp_size=sp_size, shard_alone=offload)
     model = build_model(subject.folder, settings, mesh, packed=not padded, seed=0)
     documents = subject.documents
     loader = Loader(

@@ -71,7 +71,7 @@ def train_step(
     last = len(step.micro_batches) - 1
     with model.computing():
         for i, micro_batch in enumerate(step.micro_batches):
-            model.sync_gradients(sync_every or i == last)
+            model.prepare_micro_batch(last=i == last, sync=sync_every or i == last)
             loss_sum, source_sums = model(micro_batch, sources)
             (loss_sum / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
             losses[0] += loss_sum.detach() / step.loss_denominator

@@ -25,7 +25,7 @@ def shard_model(
     reshard_after_forward: bool,
     offload: bool,
     min_num_params: int = 0,
-) -> None:
+) -> list[FSDPModule]:
     """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
 
     Args:
@@ -37,31 +37,43 @@ def shard_model(
         reshard_after_forward: True frees a block after its forward and gathers it again for the backward (ZeRO-3).
         offload: shards, gradients and optimiser states rest in host memory.
         min_num_params: smaller blocks are left to the root.
+
+    Returns:
+        The units that stay whole from forward to backward: the root, and all blocks without ``reshard_after_forward``.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     for block in blocks:
         if sum(p.numel() for p in block.parameters()) >= min_num_params:
+            # The last block's weights are wanted again at once, by its own backward: never free them in between.
+            reshard = reshard_after_forward and block is not blocks[-1]
             fully_shard(
-                block,
-                mesh=mesh,
-                reshard_after_forward=reshard_after_forward,
-                mp_policy=policy,
-                offload_policy=offload_policy,
-            )
-    # The root's weights are wanted again at once, by the backward of the head: never free them in between.
+                block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload_policy
+            )  # fmt: skip
+    # So are the root's, by the backward of the head.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # A divide factor alone turns the sum into PREMUL_SUM, which gloo lacks.
-            module.set_force_sum_reduction_for_comms(True)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        # A divide factor alone turns the sum into PREMUL_SUM, which gloo lacks.
+        unit.set_force_sum_reduction_for_comms(True)
+    return [unit for unit in units if unit is model or not reshard_after_forward]
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Say whether the next backward reduces gradients between processes; without it they pile up unsharded."""
+def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: bool, sync: bool) -> None:
+    """Say what the next backward does; a step's weights change only after its last micro-batch.
+
+    Args:
+        model: the root module.
+        whole: what ``shard_model`` returned: held whole in every micro-batch, so keeping them so in between costs no
+            peak memory and saves gathering them again.
+        last: the step's last micro-batch.
+        sync: reduce gradients between processes; without it they pile up unsharded.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
+    for unit in whole:
+        unit.set_reshard_after_backward(last, recurse=False)
 
 
 class MasterWeights:

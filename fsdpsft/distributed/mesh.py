@@ -90,24 +90,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def init_mesh(device: torch.device, *, sp_size: int = 1, replicate_size: int = 1, timeout_s: int = 600) -> Mesh:
+def init_mesh(
+    device: torch.device, *, sp_size: int = 1, replicate_size: int = 1, timeout_s: int = 600, shard_alone: bool = False
+) -> Mesh:
     """Join the process group that torchrun describes and arrange it; one process needs no group at all.
 
-    A collective that waits longer than ``timeout_s`` seconds for a process ends the run.
+    Args:
+        device: of this process.
+        sp_size: Ulysses degree.
+        replicate_size: replicas of the sharded weights.
+        timeout_s: a collective that waits longer for a process ends the run.
+        shard_alone: give one process a group and a mesh too, because FSDP does more for it than sharding (offload).
 
     Raises:
         ConfigError: the number of processes cannot be arranged as asked.
     """
     world_size = env_world_size()
     check_world(world_size, sp_size, replicate_size)
-    if world_size == 1:
+    if world_size == 1 and not shard_alone:
         return Mesh(device, 0, 1, 0, 1, 0, 1, None, None)
     if not dist.is_initialized():
-        # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there. NCCL gets more time, as
-        # it ends the process without saying at which step; the agreement on stop signals, over gloo, can say so.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        extra = _NCCL_GRACE_S if device.type == "cuda" else 0
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + extra))
+        _join(device, world_size, timeout_s)
     rank, dp_size = dist.get_rank(), world_size // sp_size
     ranks, timeout = np.arange(world_size), timedelta(seconds=timeout_s)
     if replicate_size > 1:
@@ -120,6 +123,20 @@ def init_mesh(device: torch.device, *, sp_size: int = 1, replicate_size: int = 1
         fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard_sp",))
     sp_group = _group_among(ranks.reshape(dp_size, sp_size), timeout) if sp_size > 1 else None
     return Mesh(device, rank, world_size, rank // sp_size, dp_size, rank % sp_size, sp_size, fsdp, sp_group)
+
+
+def _join(device: torch.device, world_size: int, timeout_s: int) -> None:
+    if device.type != "cuda":
+        backend, timeout = "gloo", timedelta(seconds=timeout_s)
+    else:
+        # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there. NCCL gets more time, as
+        # it ends the process without saying at which step; the agreement on stop signals, over gloo, can say so.
+        backend, timeout = "cpu:gloo,cuda:nccl", timedelta(seconds=timeout_s + _NCCL_GRACE_S)
+    if world_size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _group_among(rows: np.ndarray, timeout: timedelta) -> dist.ProcessGroup:
