@@ -13,7 +13,9 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from fsdpsft.errors import ConfigError
 
@@ -132,11 +134,21 @@ def _join(device: torch.device, world_size: int, timeout_s: int) -> None:
         # CPU tensors always have gloo: checkpoints are staged and stop signals agreed on there. NCCL gets more time, as
         # it ends the process without saying at which step; the agreement on stop signals, over gloo, can say so.
         backend, timeout = "cpu:gloo,cuda:nccl", timedelta(seconds=timeout_s + _NCCL_GRACE_S)
-    if world_size > 1:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    store = _fresh_store(world_size, timeout) if world_size > 1 else HashStore()
+    dist.init_process_group(backend, store=store, rank=env_rank(), world_size=world_size, timeout=timeout)
+
+
+def _fresh_store(world_size: int, timeout: timedelta) -> Store:
+    """Where the processes find each other's addresses: torchrun's, without those of its earlier starts.
+
+    torchrun lends one store to all its restarts, where a process can still find the address of one that died. Its
+    agents count restarts each for itself, so the count can tell starts apart on one node only.
+    """
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=timeout))  # type: ignore[no-untyped-call]
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
+        return store
+    return PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _group_among(rows: np.ndarray, timeout: timedelta) -> dist.ProcessGroup:
