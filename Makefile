@@ -8,6 +8,8 @@ TORCH  ?= torch==2.13.0
 PYTEST ?=
 # Where `make demo` writes.
 DEMO   ?= demo
+# Which measurement: bench_step, bench_data, bench_load, bench_memory, bench_checkpoint.
+BENCH  ?= bench_step
 BIN    := $(VENV)/bin
 
 # One thread a process: the tests and the demo start two processes on machines that may have two cores.
@@ -39,7 +41,7 @@ format: $(VENV)/.installed-dev  ## Mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev  ## Measure against a slow twin and other trainers, see benchmarks/
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.$(BENCH)
 
 gpu-check: $(VENV)/.installed-dev  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
