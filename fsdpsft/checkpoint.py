@@ -35,10 +35,10 @@ from fsdpsft.errors import CheckpointError
 from fsdpsft.hf_export import (
     Handoff,
     Probe,
-    compare_logits,
     is_tied,
     named_tensors,
     plan_export,
+    prove_answers,
     prove_model,
     source_template,
     write_hub_files,
@@ -179,7 +179,7 @@ class CheckpointManager:
             contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
             metric: of this step, to find the best checkpoint by.
             adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
-            probe: compare the exported model's logits with these (loads the model in one process; rank 0's counts).
+            probe: compare the exported model's token losses with these (rank 0's count, which loads the model).
             background: return once the tensors are copied to host memory, and write on a thread.
 
         Returns:
@@ -407,7 +407,7 @@ class CheckpointManager:
             records.update(write_hub_files(folder, job.weight_files, self._handoff, job.vocab_size))
             verdict = prove_model(folder, job.weight_files, self._handoff, tied=job.tied)
             if job.probe is not None:
-                verdict["logits"] = compare_logits(folder, job.probe)
+                verdict["probe"] = prove_answers(folder, job.probe)
         if job.adapter:
             name = f"{ADAPTER_FOLDER}/adapter_config.json"
             records[name] = write_json(folder / name, job.adapter_config)

@@ -218,6 +218,7 @@ _EFFECTIVE: dict[str, tuple[Callable[[Config], bool], str]] = {
         "data.on_bad_row=skip, or data.truncation=left or right, which can leave a row without a trained token",
     ),
     "trainer.keep_every": (lambda c: c.trainer.max_ckpt_to_keep is not None, "trainer.max_ckpt_to_keep"),
+    "trainer.verify_export": (lambda c: "model" in c.trainer.save_contents, "trainer.save_contents with model"),
     "trainer.max_shard_size": (lambda c: "model" in c.trainer.save_contents, "trainer.save_contents with model"),
     "data.max_token_len_per_gpu": (lambda c: c.use_remove_padding, "use_remove_padding=true"),
 }

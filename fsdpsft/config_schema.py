@@ -152,6 +152,7 @@ class TrainerConfig:
     save_contents: list[str]
     async_save: bool
     max_shard_size: str
+    verify_export: bool
     max_ckpt_to_keep: int | None
     keep_every: int | None
     best_metric: str | None

@@ -1,10 +1,14 @@
-"""Validation: the token losses of every row, summed, divided once."""
+"""Validation: the token losses of every row, summed, divided once. And one document's losses, token by token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from fsdpsft.batch import Sample, pack
 from fsdpsft.data.loader import Loader
 from fsdpsft.metrics import by_source
 from fsdpsft.parallelize import ParallelModel
@@ -42,3 +46,26 @@ def evaluate(model: ParallelModel, loader: Loader) -> dict[str, float]:
         "val/trained_tokens": float(trained.sum()),
         **by_source("val/loss", names, sums, trained),
     }
+
+
+@torch.no_grad()
+def token_losses(model: ParallelModel, input_ids: np.ndarray, *, padded: bool = False) -> Tensor:
+    """Loss of each token of one document but the first, given those before it. Collective.
+
+    Args:
+        model: left in evaluation mode during the pass, then put back.
+        input_ids: [L] the document; the same on every process.
+        padded: whether the run lays its batches out in rows.
+
+    Returns:
+        [L - 1] float32, on the CPU and on every process.
+    """
+    module, mesh, count = model.module, model.mesh, len(input_ids) - 1
+    document = Sample(input_ids, np.ones(len(input_ids), dtype=np.float32), row=0)
+    batch = pack([document], pad_token_id=0, pad_to_multiple=mesh.sp_size, padded=padded)
+    batch = replace(batch, trained_sources=torch.arange(count))  # a source for each token: their sums are its losses
+    module.eval()
+    with model.computing():
+        _, losses = model(batch, count)
+    module.train()
+    return mesh.sum(losses).cpu() / mesh.dp_size  # each data-parallel rank has computed all of them

@@ -22,8 +22,9 @@ from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
 from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh
 from fsdpsft.errors import UserError
+from fsdpsft.evaluate import token_losses
 from fsdpsft.flops import flop_count
-from fsdpsft.hf_export import Handoff
+from fsdpsft.hf_export import Handoff, Probe
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
@@ -36,6 +37,9 @@ from fsdpsft.signals import Stopped, StopSignal
 from fsdpsft.training_state import TrainState, check_config, read_state
 
 log = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 64
+_CONTENT = "content of data.train_files as tokenised"
 
 
 @dataclass
@@ -96,8 +100,17 @@ class Run:
         metric = self.recorder.last.get(t.best_metric) if t.best_metric else None
         self.checkpoints.save(
             self.model.module.causal_lm, self.optimizer, state, contents=t.save_contents, metric=metric,
-            adapter=_adapter(self.model, self.config, self.data), background=t.async_save,
+            adapter=_adapter(self.model, self.config, self.data), probe=self._probe(), background=t.async_save,
         )  # fmt: skip
+
+    def _probe(self) -> Probe | None:
+        """A short text, and the model's loss on each of its tokens, which the exported model must show too."""
+        t = self.config.trainer
+        if not t.verify_export or "model" not in t.save_contents:
+            return None
+        input_ids = self.data.train.sample(0).input_ids[:_PROBE_TOKENS].astype(np.int64)
+        losses = token_losses(self.model, input_ids, padded=not self.config.use_remove_padding)
+        return Probe(torch.from_numpy(input_ids), losses, self.model.compute_dtype)
 
     def close(self) -> None:
         """Wait for the save under way and close every file."""
@@ -164,7 +177,7 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
         Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
         publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
     )  # fmt: skip
-    state = _resume(config, model, optimizer, checkpoints)
+    state = _resume(config, data, model, optimizer, checkpoints)
     total_steps = t.total_training_steps or t.total_epochs * len(loader)
     schedule = build_schedule(
         o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
@@ -221,8 +234,9 @@ def _adapter(model: ParallelModel, config: Config, data: TrainingData) -> Adapte
 
 
 def _resume(
-    config: Config, model: ParallelModel, optimizer: torch.optim.Optimizer, checkpoints: CheckpointManager
-) -> TrainState:
+    config: Config, data: TrainingData, model: ParallelModel, optimizer: torch.optim.Optimizer,
+    checkpoints: CheckpointManager,
+) -> TrainState:  # fmt: skip
     """Load the checkpoint that ``trainer.resume_mode`` asks for; a fresh state where there is none."""
     t = config.trainer
     if t.resume_mode == "disable":
@@ -230,7 +244,10 @@ def _resume(
     path = Path(t.resume_from_path) if t.resume_from_path else checkpoints.latest_good()
     if path is None:
         return TrainState(step=0)
-    check_config(TrainState(**read_state(path)["state"]).config, config.as_dict(), allow=t.allow_config_change)
+    saved = TrainState(**read_state(path)["state"])
+    # The same file names may hold other rows now, and the same tokenizer folder another template.
+    was, now = ({_CONTENT: fingerprint} for fingerprint in (saved.data_fingerprint, data.train.fingerprint))
+    check_config(was | saved.config, now | config.as_dict(), allow=t.allow_config_change)
     state = checkpoints.load(path, model.module.causal_lm, optimizer, verified=t.resume_from_path is None)
     model.weights_changed()
     return state

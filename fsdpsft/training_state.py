@@ -212,10 +212,10 @@ HARMLESS = (
     "model.fsdp_config.gradient_sync", "model.fsdp_config.offload_params", "model.fsdp_config.wrap_policy",
     "ulysses_sequence_parallel_size", "use_remove_padding", "trainer.default_local_dir", "trainer.default_hdfs_dir",
     "trainer.project_name", "trainer.experiment_name", "trainer.device", "trainer.save_freq", "trainer.test_freq",
-    "trainer.save_contents", "trainer.async_save", "trainer.max_shard_size", "trainer.max_ckpt_to_keep",
-    "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full", "trainer.save_on_file",
-    "trainer.resume_mode", "trainer.resume_from_path", "trainer.allow_config_change", "trainer.logger",
-    "trainer.log_freq", "trainer.timeout",
+    "trainer.save_contents", "trainer.async_save", "trainer.max_shard_size", "trainer.verify_export",
+    "trainer.max_ckpt_to_keep", "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full",
+    "trainer.save_on_file", "trainer.resume_mode", "trainer.resume_from_path", "trainer.allow_config_change",
+    "trainer.logger", "trainer.log_freq", "trainer.timeout",
 )  # fmt: skip
 """Keys (or sections) whose change leaves what is learnt as it was; any other change is refused."""
 MAY_GROW = ("trainer.total_epochs", "trainer.total_training_steps")

@@ -301,13 +301,13 @@ def test_too_little_space_is_noticed_before_writing(run, monkeypatch) -> None:
 
 def test_the_probe_refuses_a_model_that_answers_otherwise(run) -> None:
     folder, model, optimizer, manager = run
-    ids = torch.arange(12)[None]
-    logits = model(ids).logits.detach()
-    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, logits, tolerance=1e-5))
-    verdict = read_manifest(folder / "out" / "global_step_1").verdict["logits"]
-    assert verdict["relative_error"] < 1e-5 and verdict["same_argmax"] == 1.0
-    with pytest.raises(CheckpointError, match="logits"):
-        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, logits.flip(1), tolerance=1e-5))
+    ids = torch.arange(12)
+    losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1].detach(), ids[1:], reduction="none")
+    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, losses))
+    verdict = read_manifest(folder / "out" / "global_step_1").verdict["probe"]
+    assert verdict["compared"] is True and verdict["largest_nats"] < 1e-4
+    with pytest.raises(CheckpointError, match=r"token losses .* 0\.01 nats \(median\) away"):
+        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01))
     assert not (folder / "out" / "global_step_2").exists()
 
 

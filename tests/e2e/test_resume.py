@@ -24,6 +24,7 @@ from fsdpsft import load_config
 from fsdpsft import train as run_training
 from fsdpsft.errors import CheckpointError
 from fsdpsft.signals import EXIT_REQUEUE, Stopped
+from fsdpsft.storage.manifest import read_manifest
 from fsdpsft.testing import run_distributed
 from fsdpsft.train import main
 from tests.e2e.killing import (
@@ -222,6 +223,9 @@ def test_every_step_on_another_layout(two_processes: Path, straight: Path) -> No
     run_distributed(run_all, 4, two_processes, FOUR_PROCESSES)
     run(two_processes, "layouts", "data.max_token_len_per_gpu=64", "use_remove_padding=true")
     assert_close(two_processes / "layouts", straight)
+    for step in range(1, STEPS + 1):  # each export was loaded and compared with the model in training
+        probe = read_manifest(two_processes / f"layouts/global_step_{step}").verdict["probe"]
+        assert probe["compared"] and probe["largest_nats"] < 1e-4
 
 
 def test_two_processes_equal_one(two_processes: Path, straight: Path) -> None:
@@ -265,7 +269,7 @@ def test_changed_rows_in_the_same_file_are_refused(home: Path, stopped_at_4: Pat
     before = rows.read_text()
     rows.write_text(before.replace('"loss_mask": [0', '"loss_mask": [1', 1))
     try:
-        with pytest.raises(CheckpointError, match="data"):
+        with pytest.raises(CheckpointError, match=r"content of data\.train_files as tokenised: "):
             run(home, "rewritten")
     finally:
         rows.write_text(before)
