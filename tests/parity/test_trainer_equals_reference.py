@@ -84,6 +84,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+LORA_FAMILIES = ("qwen2-tied-gqa", "qwen2-14-2")
+
 
 def ragged_rows() -> list[Row]:
     generator = np.random.default_rng(0)
@@ -104,16 +106,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "rows.jsonl").write_text("\n".join(lines))
     for name, settings in FAMILIES.items():
         save_tiny_model(path / name, **settings)
-    adapter(path)
+    for family in LORA_FAMILIES:
+        adapter(path, family)
     return path
 
 
-def adapter(path: Path) -> None:
-    """An adapter whose B is not zero, so that A has a gradient from the first step."""
+def adapter(path: Path, family: str) -> None:
+    """An adapter whose B is small but not zero, so that A has a gradient from the first step."""
     torch.manual_seed(5)
-    base = AutoModelForCausalLM.from_pretrained(path / "qwen2-tied-gqa")
+    base = AutoModelForCausalLM.from_pretrained(path / family)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(path / "adapter")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1
+    model.save_pretrained(path / f"adapter-{family}")
 
 
 def reference_batches() -> list[list[Row]]:
@@ -169,17 +176,17 @@ def assert_equals_reference(folder: Path, family: str, name: str) -> None:
     assert not weights, "not exported"
 
 
-def assert_equals_lora_reference(folder: Path, name: str) -> None:
+def assert_equals_lora_reference(folder: Path, family: str, name: str) -> None:
     schedule = LRSchedule("linear", STEPS, warmup_steps=2)
     expected = train_reference(
-        folder / "qwen2-tied-gqa",
+        folder / family,
         reference_batches(),
         lambda step: LR * schedule(step),
         eps=EPS,
         weight_decay=0.1,
         clip=0.5,
         wrap=lambda m: PeftModel.from_pretrained(
-            m, folder / "adapter", is_trainable=True, autocast_adapter_dtype=False
+            m, folder / f"adapter-{family}", is_trainable=True, autocast_adapter_dtype=False
         ).double(),
     )
     losses, norms = curves(folder, name)
@@ -216,8 +223,8 @@ def test_one_process(folder: Path, name: str) -> None:
 
 
 def test_lora_on_one_process(folder: Path) -> None:
-    run_case(folder, "qwen2-tied-gqa", "lora", ["model.lora_adapter_path={folder}/adapter"])
-    assert_equals_lora_reference(folder, "lora")
+    run_case(folder, "qwen2-tied-gqa", "lora", ["model.lora_adapter_path={folder}/adapter-qwen2-tied-gqa"])
+    assert_equals_lora_reference(folder, "qwen2-tied-gqa", "lora")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen2-tied-gqa"])
@@ -243,9 +250,12 @@ TWO = {
     "hsdp2": ("qwen3-28-4", ["model.fsdp_config.replicate_size=2"]),
     "lora-fsdp": (
         "qwen2-tied-gqa",
-        ["model.lora_adapter_path={folder}/adapter", "model.enable_gradient_checkpointing=selective"],
+        ["model.lora_adapter_path={folder}/adapter-qwen2-tied-gqa", "model.enable_gradient_checkpointing=selective"],
     ),
-    "lora-sp2": ("qwen2-tied-gqa", ["model.lora_adapter_path={folder}/adapter", "ulysses_sequence_parallel_size=2"]),
+    "lora-sp2": (
+        "qwen2-tied-gqa",
+        ["model.lora_adapter_path={folder}/adapter-qwen2-tied-gqa", "ulysses_sequence_parallel_size=2"],
+    ),
 }
 
 FOUR = {
@@ -261,6 +271,19 @@ FOUR = {
         ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=selective"],
     ),
     "hsdp2-sp2": ("gemma2", ["ulysses_sequence_parallel_size=2", "model.fsdp_config.replicate_size=2"]),
+    "lora-hsdp2x2": (
+        "qwen2-tied-gqa",
+        ["model.lora_adapter_path={folder}/adapter-qwen2-tied-gqa", "model.fsdp_config.replicate_size=2"],
+    ),
+    "lora-sp4-uneven-14-2": (
+        "qwen2-14-2",
+        [
+            "model.lora_adapter_path={folder}/adapter-qwen2-14-2",
+            "ulysses_sequence_parallel_size=4",
+            "model.enable_gradient_checkpointing=full",
+        ],
+    ),
+    "fsdp2-sp2-moe": ("mixtral-moe", ["ulysses_sequence_parallel_size=2"]),
 }
 
 
@@ -279,11 +302,14 @@ def four_processes(folder: Path) -> Path:
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes(two_processes: Path, name: str) -> None:
     if name.startswith("lora"):
-        assert_equals_lora_reference(two_processes, name)
+        assert_equals_lora_reference(two_processes, TWO[name][0], name)
     else:
         assert_equals_reference(two_processes, TWO[name][0], name)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes(four_processes: Path, name: str) -> None:
-    assert_equals_reference(four_processes, FOUR[name][0], name)
+    if name.startswith("lora"):
+        assert_equals_lora_reference(four_processes, FOUR[name][0], name)
+    else:
+        assert_equals_reference(four_processes, FOUR[name][0], name)
