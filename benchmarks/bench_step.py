@@ -21,7 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, SHAPE_25M, TINY, environment, hardware_name, save_model, tokenized_rows, write_json
+from benchmarks.common import (
+    RESULTS,
+    SHAPE_25M,
+    TINY,
+    environment,
+    hardware_name,
+    save_model,
+    tokenized_rows,
+    write_json,
+)
 from benchmarks.contenders import CONTENDERS, GATE_STEPS
 from fsdpsft.data.packing import Order
 
@@ -32,7 +41,12 @@ REFERENCE = "plain loop, padded"  # the most obvious program is the judge of the
 
 def run_once(name: str, folder: Path, dtype: str, threads: int) -> dict[str, Any]:
     """One process of one contender."""
-    environ = {**os.environ, "BENCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environ = {
+        **os.environ,
+        "BENCH_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = [sys.executable, "-m", "benchmarks.contenders", name, str(folder), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -87,7 +101,7 @@ def compare(folder: Path, dtype: str, names: list[str], arguments: argparse.Name
             rows[name] |= summary(runs[name])
         else:
             rows[name]["gate"] = f"loss differs from the {judge}'s {expected}"
-    stock = rows[STOCK] if STOCK in rows else {}
+    stock = rows.get(STOCK, {})
     for row in rows.values():
         if "real_tokens_per_s" in row and "real_tokens_per_s" in stock:
             row["speed_of_stock"] = row["real_tokens_per_s"] / stock["real_tokens_per_s"]
@@ -132,9 +146,11 @@ def main() -> int:
         for contender, row in table.items():
             if "real_tokens_per_s" in row:
                 ratio = row["speed_of_stock"] if "speed_of_stock" in row else float("nan")
-                print(f"{dtype} {contender:46} {row['real_tokens_per_s']:8.0f} tok/s {ratio:5.2f}x {row['peak_gib']:6.2f} GiB")
+                print(
+                    f"{dtype} {contender:45}{row['real_tokens_per_s']:8.0f} tok/s{ratio:5.2f}x {row['peak_gib']:5.2f} GiB"
+                )
             else:
-                print(f"{dtype} {contender:46} {row['gate']}\n{row.get('error', '')}")
+                print(f"{dtype} {contender:45}{row['gate']}\n{row.get('error', '')}")
     return 0
 
 

@@ -26,14 +26,22 @@ SHAPE_25M: dict[str, Any] = {
     "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-TINY: dict[str, Any] = {**SHAPE_25M, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY: dict[str, Any] = {
+    **SHAPE_25M,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 Row = tuple[list[int], list[int]]  # token ids and the mask of those that are trained
 
 
 def gsm8k_file(name: str = "train.jsonl") -> Path | None:
     """GSM8K where it lies (FSDPSFT_TEST_DATA, or ``shared/data`` beside the repository); None where it does not."""
-    folder = Path(os.environ["FSDPSFT_TEST_DATA"]) if "FSDPSFT_TEST_DATA" in os.environ else ROOT.parent / "shared" / "data"
+    folder = (
+        Path(os.environ["FSDPSFT_TEST_DATA"]) if "FSDPSFT_TEST_DATA" in os.environ else ROOT.parent / "shared" / "data"
+    )
     file = folder / "gsm8k" / name
     return file if file.is_file() else None
 
@@ -45,7 +53,7 @@ def texts(file: Path) -> list[str]:
 
 
 def tokenized_rows(count: int, vocab_size: int) -> tuple[list[Row], PreTrainedTokenizerFast, str]:
-    """``count`` conversations as tokens and masks, their tokenizer, and where they are from: GSM8K, or drawn like it."""
+    """``count`` conversations as tokens and masks, the tokenizer, and their origin: GSM8K, or drawn like it."""
     file = gsm8k_file()
     if file is None:
         tokenizer, dice, rows = tiny_tokenizer(), np.random.default_rng(0), []
@@ -72,13 +80,16 @@ def save_model(folder: Path, vocab_size: int, shape: dict[str, Any], tokenizer: 
 
 def environment() -> dict[str, Any]:
     """Versions, commit, machine and how busy it is."""
+
     def version(name: str) -> str | None:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             return None
 
-    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     names = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "flash-attn", "liger-kernel", "triton")
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "").split()

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Clock:
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_reserved()
         return {
-            "seconds": [b - a for a, b in zip(self.wall, self.wall[1:], strict=False)],
-            "cpu_seconds": [b - a for a, b in zip(self.cpu, self.cpu[1:], strict=False)],
+            "seconds": [b - a for a, b in pairwise(self.wall)],
+            "cpu_seconds": [b - a for a, b in pairwise(self.cpu)],
             "losses": self.losses, "tokens": self.tokens, "trained": self.trained, "peak_bytes": peak,
         }  # fmt: skip
 
@@ -189,10 +190,8 @@ def _step_loader(trainer: Any, parts: list[Any]) -> Any:
     bounds = [0]
     for part in parts:
         bounds.append(bounds[-1] + len(part))
-    batches = [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
-    loader = torch.utils.data.DataLoader(
-        trainer.train_dataset, batch_sampler=batches, collate_fn=trainer.data_collator
-    )
+    batches = [list(range(a, b)) for a, b in pairwise(bounds)]
+    loader = torch.utils.data.DataLoader(trainer.train_dataset, batch_sampler=batches, collate_fn=trainer.data_collator)
     return trainer.accelerator.prepare(loader)
 
 
@@ -220,7 +219,9 @@ def padded_batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
         for name, value in fill.items()
     }
-    batch["attention_mask"] = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
+    batch["attention_mask"] = torch.tensor(
+        [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    )
     return batch
 
 

@@ -37,20 +37,28 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, formula: He
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [m] and log-normalisers [m] of logits [m, V]."""
-    normaliser = torch.logsumexp(logits, dim=-1)
-    return normaliser - logits.gather(1, targets[:, None]).squeeze(1), normaliser
+    """Cross-entropies [m] of logits [m, V], which become exp(logits - their largest) in place, and the sums of those.
+
+    In place, and with one pass of exponentials for both the loss and its gradient, because on a vocabulary of 150
+    thousand these passes over memory cost as much as a matrix product.
+    """
+    chosen, largest = logits.gather(1, targets[:, None]).squeeze(1), logits.amax(dim=-1)
+    total = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
+    return total.log() + largest - chosen, total
 
 
 def _logits_gradient(
-    logits: Tensor, normaliser: Tensor, targets: Tensor, weights: Tensor, formula: HeadFormula
+    exponentials: Tensor, total: Tensor, slope: Tensor | None, targets: Tensor, weights: Tensor, formula: HeadFormula
 ) -> Tensor:
-    """Turn logits [m, V] into the gradient of the weighted loss before the formula, in place where it can be."""
-    inner = 1 - (logits / formula.softcap).square() if formula.softcap is not None else None
-    gradient = logits.sub_(normaliser[:, None]).exp_()
-    gradient.scatter_add_(1, targets[:, None], gradient.new_full((targets.shape[0], 1), -1.0))
-    gradient.mul_(weights[:, None] * formula.scale)
-    return gradient if inner is None else gradient.mul_(inner)
+    """Turn ``_chunk_loss``'s exponentials [m, V] into the gradient of the weighted loss before the formula, in place.
+
+    Args:
+        slope: derivative of the soft cap at each logit; None without one.
+    """
+    factor = weights * formula.scale
+    gradient = exponentials.mul_((factor / total)[:, None])
+    gradient.scatter_add_(1, targets[:, None], -factor[:, None])
+    return gradient if slope is None else gradient.mul_(slope)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,10 +76,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             logits = head_logits(hidden[part], weight, bias, formula)
-            token_losses[part], normaliser = _chunk_loss(logits, targets[part])
+            slope = None if formula.softcap is None else 1 - (logits / formula.softcap).square()
+            token_losses[part], total = _chunk_loss(logits, targets[part])
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            gradient = _logits_gradient(logits, normaliser, targets[part], weights[part], formula)
+            gradient = _logits_gradient(logits, total, slope, targets[part], weights[part], formula)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(hidden.dtype)

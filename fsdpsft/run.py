@@ -20,7 +20,7 @@ from fsdpsft.checkpoint import Adapter, CheckpointManager
 from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
-from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh
+from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh, keep_freed_memory
 from fsdpsft.errors import UserError
 from fsdpsft.evaluate import token_losses
 from fsdpsft.flops import flop_count
@@ -129,6 +129,8 @@ def open_run(config: Config) -> Iterator[Run]:
     """
     data = prepare_data(config)  # before any process group: nobody times out while tokens are made
     device, t = choose_device(config.trainer.device), config.trainer
+    if device.type == "cpu":
+        keep_freed_memory()
     joined_before = torch.distributed.is_initialized()
     mesh = init_mesh(
         device, sp_size=config.ulysses_sequence_parallel_size,

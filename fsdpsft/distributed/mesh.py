@@ -6,7 +6,9 @@ neighbours, so they share a node. Data parallel rank and size count replicas and
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from fsdpsft.errors import ConfigError
 
 _NCCL_GRACE_S = 60
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def env_rank() -> int:
@@ -79,6 +82,19 @@ def check_world(world_size: int, sp_size: int, replicate_size: int) -> None:
             f"model.fsdp_config.replicate_size={replicate_size} does not divide the {world_size // sp_size} "
             f"data-parallel processes ({world_size} processes / ulysses_sequence_parallel_size={sp_size})"
         )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step instead of handing each back to the system.
+
+    For training on CPU, where the allocator is the C library's: by default every large tensor is mapped anew, and its
+    pages are zeroed at first touch. Measured: a tenth of a step in float32, a sixth in bfloat16. Elsewhere than on
+    glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_device(name: str) -> torch.device:
