@@ -1,9 +1,10 @@
 """The one place that states the order in which a model is made parallel.
 
-    LoRA -> kernels -> attention -> last block -> activation checkpointing -> compile -> FSDP2 -> weights
+    LoRA -> kernels -> attention -> last block -> compile -> activation checkpointing -> FSDP2 -> weights
 
-LoRA first, as it changes which modules exist. Checkpointing inside compile, so that the compiler sees what is
-recomputed. FSDP last, around whole blocks; then each process reads only its rows of the weights.
+LoRA first, as it changes which modules exist. Compile before checkpointing: attention is outside the compiler's graph,
+which it must not be in a checkpoint that the compiler sees; so each block's compiled forward is what is recomputed, and
+FSDP's hooks stay out of it. FSDP last, around whole blocks; then each process reads only its rows of the weights.
 """
 
 from __future__ import annotations
@@ -127,15 +128,16 @@ def build_model(
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
     trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
+    if settings.compile:
+        # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
+        for block in blocks[:-1] if trimmed else blocks:
+            block.forward = torch.compile(block.forward)
     activation_checkpoint.apply(
         blocks,
         settings.enable_gradient_checkpointing,
         offload=settings.activation_offload,
         mlp_tiles=settings.mlp_tiles,
     )
-    if settings.compile:
-        for block in blocks:
-            block.compile()
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None

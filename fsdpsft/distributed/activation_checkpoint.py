@@ -40,7 +40,7 @@ Forward = Callable[..., Any]
 
 
 def apply(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False, mlp_tiles: int = 1) -> None:
-    """Set up checkpointing of a model's decoder blocks, in place; before compile and FSDP.
+    """Set up checkpointing of a model's decoder blocks, in place; after compile, before FSDP.
 
     Args:
         blocks: the decoder blocks in forward order.
