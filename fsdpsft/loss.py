@@ -55,7 +55,7 @@ def _logits_gradient(
     Args:
         slope: derivative of the soft cap at each logit; None without one.
     """
-    factor = weights * formula.scale
+    factor = (weights * formula.scale).to(exponentials.dtype)
     gradient = exponentials.mul_((factor / total)[:, None])
     gradient.scatter_add_(1, targets[:, None], -factor[:, None])
     return gradient if slope is None else gradient.mul_(slope)
