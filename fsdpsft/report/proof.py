@@ -47,8 +47,8 @@ NOTES = {
     "(data.history=per_turn trains them exactly)",
     "escaped": "conversations with special-token text in their content, spelt as ordinary text; apply_chat_template "
     "would make special tokens of it, so their prompts are not compared with its",
-    "stop_not_in_eos": "replies whose stop token the model's generation_config lacks, as data.chat_template brings another; "
-    "the exported model's will have it",
+    "stop_not_in_eos": "replies whose stop token the model's generation_config lacks, as data.chat_template brings "
+    "another; the exported model's will have it",
     "nothing_trained": "samples without a trained token",
     "reasoning_dropped": "messages whose reasoning the template does not print",
 }
