@@ -7,11 +7,12 @@ for byte, except for what training changed: a consumer pinned to an older transf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from fsdpsft.errors import CheckpointError, ModelError
 from fsdpsft.model.parameters import hf_name, without_wrappers
@@ -404,6 +406,18 @@ def _prove_tokenizer(folder: Path, handoff: Handoff, remote: bool) -> str:
     return "as trained" if handoff.chat_template is not None else "as in the source"
 
 
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars out of the training's own lines."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def prove_answers(folder: Path, probe: Probe) -> dict[str, Any]:
     """Load an exported model as its consumers do and compare its token losses with the trainer's.
 
@@ -418,9 +432,10 @@ def prove_answers(folder: Path, probe: Probe) -> dict[str, Any]:
     """
     if "auto_map" in _read_json(folder / "config.json"):
         return {"compared": "no: the model asks for remote code"}
-    model, told = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
+    with _no_progress_bar():
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
     if wrong := {key: sorted(map(str, names))[:4] for key, names in told.items() if names}:
         raise CheckpointError(f"{folder}: transformers loads the exported model with {wrong}.")
     with torch.inference_mode():
