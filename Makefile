@@ -40,11 +40,11 @@ format: $(VENV)/.installed-dev  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev  ## Measure against a slow twin and other trainers, see benchmarks/
+bench: $(VENV)/.installed-dev  ## Measure speed and memory against other trainers (15 minutes), see benchmarks/
 	$(BIN)/python -m benchmarks.$(BENCH)
 
-gpu-check: $(VENV)/.installed-dev  ## The tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(PYTEST)
+gpu-check: $(VENV)/.installed  ## Correctness, speed and memory on one CUDA device (10 minutes)
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## Remove the demo's files and caches; the virtual environment stays
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

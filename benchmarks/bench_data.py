@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from fsdpsft.batch import Sample
 from fsdpsft.data.loader import Loader
 from fsdpsft.data.packing import Order, in_order_plan, measure, plan_step
 from fsdpsft.data.row_encoder import RowEncoder
@@ -220,10 +221,55 @@ def bench_build(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+class LengthsOnDisk:
+    """A store of ``count`` samples whose index is mapped from a file, as a token store's is, with made-up tokens."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        """Write the index in pieces, then map it."""
+        piece = lengths_of(min(count, 1_000_000))
+        with (folder / f"{count}.bin").open("wb") as file:
+            for start in range(0, count, len(piece)):
+                file.write(piece[: count - start].tobytes())
+        self.lengths = self.trained = np.memmap(folder / f"{count}.bin", np.int32, mode="r")
+        self.weights, self.source_counts = self.lengths, (count,)
+        self.source_ids, self.source_names = np.broadcast_to(np.uint16(0), count), ["made up"]
+
+    def sample(self, index: int) -> Sample:
+        """All tokens trained."""
+        length = int(self.lengths[index])
+        return Sample(np.ones(length, np.uint32), np.ones(length, np.float32), index)
+
+    def describe(self, index: int) -> str:
+        """Name of a sample."""
+        return str(index)
+
+
+def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time of the loader's steps, and memory, from ten thousand samples to ten million; sizes alternate."""
+    loaders, seconds, grown = {}, {}, {}
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        for count in (10_000, 100_000, 1_000_000, 10_000_000):
+            before = status("RssAnon")
+            store = LengthsOnDisk(count, Path(scratch))
+            loaders[count] = Loader(store, train_batch_size=256, token_budget=LONGEST, pad_token_id=0)
+            loaders[count].step(0)
+            seconds[count], grown[count] = [], status("RssAnon") - before
+        for step in range(30):
+            for count, loader in loaders.items():
+                start = time.process_time()
+                loader.step(1 + step)
+                seconds[count].append(time.process_time() - start)
+        return {
+            str(count): {"cpu_ms_per_step": float(np.median(times)) * 1e3, "memory_growth_mib": grown[count]}
+            for count, times in seconds.items()
+        }
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "order": bench_order,
     "balance": bench_balance,
     "build": bench_build,
+    "growth": bench_growth,
 }
 
 

@@ -20,12 +20,13 @@ def step_table(result: dict[str, Any]) -> list[str]:
     environment, lines = result["environment"], []
     where = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
     lines.append(
-        f"{result['model']}, vocabulary {result['vocabulary']:,}, {result['data']}, {result['batch']} rows a step; {where}; "
-        f"torch {environment['versions']['torch']}; load {environment['load'][0]}; commit {environment['commit']}\n"
+        f"{result['model']}, vocabulary {result['vocabulary']:,}, {result['data']}, {result['batch']} rows a step; "
+        f"{where}; torch {environment['versions']['torch']}; load {environment['load'][0]}; {environment['commit']}\n"
     )
     for dtype, table in result["results"].items():
         lines.append(
-            f"| {dtype} | real tokens/s | slowest to fastest step | of stock | of stock, processor time | peak GiB | of stock |"
+            f"| {dtype} | real tokens/s | slowest to fastest step | of stock | of stock, processor time | peak GiB "
+            "| of stock |"
         )
         lines.append("|---|---|---|---|---|---|---|")
         for name, row in sorted(table.items(), key=lambda item: -item[1].get("real_tokens_per_s", 0)):
@@ -47,8 +48,9 @@ def prepare_table(result: dict[str, Any]) -> list[str]:
         return [f"Preparation: {result['gate']}\n"]
     speeds = result["rows_per_s"]
     return [
-        f"Preparation of {result['rows']:,} rows, {result['processes']} processes each: fsdpsft {speeds['ours']:,.0f} rows/s, "
-        f"TRL {speeds['trl']:,.0f} rows/s, ratio {result['ours_over_trl']:.2f}; load {result['environment']['load'][0]}\n"
+        f"Preparation of {result['rows']:,} rows, {result['processes']} processes each: fsdpsft "
+        f"{speeds['ours']:,.0f} rows/s, TRL {speeds['trl']:,.0f} rows/s, ratio {result['ours_over_trl']:.2f}; "
+        f"load {result['environment']['load'][0]}\n"
     ]
 
 
