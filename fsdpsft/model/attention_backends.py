@@ -175,6 +175,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: A
     Works on any device and has every feature. ``split`` is used rather than slices, as its backward is one
     concatenation and not one zero-filled copy of the whole for each document.
     """
+    if q.device.type == "cpu" and q.dtype in HALF:  # in float32 it is faster there: measured, a tenth of a whole step
+        return attend_sdpa(q.float(), k.float(), v.float(), spec, context).to(q.dtype)
     runs = [(len(list(group)), length) for length, group in groupby(context.seqlens)]
     sizes = [count * length for count, length in runs]
     parts = [torch.split(_lay_end_to_end(x), sizes) for x in (q, k, v)]
