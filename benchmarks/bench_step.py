@@ -146,9 +146,8 @@ def main() -> int:
         for contender, row in table.items():
             if "real_tokens_per_s" in row:
                 ratio = row["speed_of_stock"] if "speed_of_stock" in row else float("nan")
-                print(
-                    f"{dtype} {contender:45}{row['real_tokens_per_s']:8.0f} tok/s{ratio:5.2f}x {row['peak_gib']:5.2f} GiB"
-                )
+                speed = f"{row['real_tokens_per_s']:8.0f} tok/s{ratio:5.2f}x"
+                print(f"{dtype} {contender:45}{speed} {row['peak_gib']:5.2f} GiB")
             else:
                 print(f"{dtype} {contender:45}{row['gate']}\n{row.get('error', '')}")
     return 0
