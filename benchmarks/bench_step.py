@@ -134,14 +134,16 @@ def main() -> int:
         taken = [lines[i] for step in range(arguments.steps) for i in order.batch(step).tolist()]
         (folder / "ordered.jsonl").write_text("\n".join(taken))
         (folder / "work.json").write_text(json.dumps({"batch": arguments.batch, "steps": arguments.steps}))
-        result = {
+        result: dict[str, Any] = {
             "what": "training step", "environment": environment(), "model": f"Qwen2, {parameters:,} parameters",
             "vocabulary": arguments.vocab, "data": source, "batch": arguments.batch, "rounds": arguments.rounds,
             "tokens": sum(len(ids) for ids, _ in rows), "trained_tokens": sum(sum(mask) for _, mask in rows),
-            "tolerance": TOLERANCE, "results": {d: compare(folder, d, names, arguments) for d in arguments.dtypes},
+            "tolerance": TOLERANCE, "results": {},
         }  # fmt: skip
-    name = f"{hardware_name()}-step-25m-vocab{arguments.vocab}.json"
-    write_json(arguments.out or RESULTS / name, result)
+        out = arguments.out or RESULTS / f"{hardware_name()}-step-25m-vocab{arguments.vocab}.json"
+        for dtype in arguments.dtypes:
+            result["results"][dtype] = compare(folder, dtype, names, arguments)
+            write_json(out, result)  # after each, so that a run that is cut short leaves something
     for dtype, table in result["results"].items():
         for contender, row in table.items():
             if "real_tokens_per_s" in row:
