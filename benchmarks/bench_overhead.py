@@ -32,7 +32,7 @@ def bare_step(run: Run, step: Step) -> None:
     """What cannot be left out."""
     with run.model.computing():
         for batch in step.micro_batches:
-            loss = run.model.module(run.model.inputs(batch))[0] / step.loss_denominator
+            loss = run.model(batch, len(step.trained_by_source))[0] / step.loss_denominator
             loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.module.parameters(), CLIP)
     run.optimizer.step()
