@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = (
     ["benchmarks.bench_prepare"],
-    ["benchmarks.bench_step", "--rounds", "2", "--steps", "4"],
+    ["benchmarks.bench_step", "--rounds", "2", "--steps", "3"],
     ["benchmarks.bench_overhead"],
 )
 
