@@ -495,7 +495,7 @@ def _own_logits(model: ParallelModel, subject: Subject) -> Tensor:
         input_ids=ids, position_ids=torch.arange(length, device=ids.device)[None], use_cache=False,
         attention_context=AttentionContext(bounds, (length,), length, model.attend),
     ).last_hidden_state  # fmt: skip
-    return model.module.head.logits(hidden).float()
+    return model.module.head.logits(hidden)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

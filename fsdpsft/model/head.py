@@ -15,10 +15,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fsdpsft.errors import ModelError
+from fsdpsft.loss import HeadFormula, head_logits
 
 # Configuration keys by which transformers' models scale their logits: +1 multiplies by the value, -1 divides.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -52,12 +52,14 @@ class Head:
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
+    @property
+    def formula(self) -> HeadFormula:
+        """What the loss applies beyond the matrix product."""
+        return HeadFormula(self.scale, self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the hidden states' dtype."""
-        logits = F.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits
+        """[..., D] -> [..., V] in float32, by the very function that the loss uses."""
+        return head_logits(hidden, self.weight, self.bias, self.formula)
 
 
 def head_of(causal_lm: PreTrainedModel) -> Head:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdpsft.errors import ModelError
-from fsdpsft.loss import HeadFormula, cross_entropy_sum
+from fsdpsft.loss import cross_entropy_sum
 from fsdpsft.model.head import head_of
 
 
@@ -54,7 +54,6 @@ class SFTModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.head = head_of(causal_lm)
-        self.formula = HeadFormula(self.head.scale, self.head.softcap)
         self.head_chunk_tokens = head_chunk_tokens
 
     def hidden_states(self, batch: ModelInput) -> Tensor:
@@ -74,7 +73,7 @@ class SFTModel(nn.Module):
             hidden = batch.exchange(hidden)
         return cross_entropy_sum(
             hidden, self.head.weight, self.head.bias, batch.targets, batch.loss_weights,
-            formula=self.formula, chunk_size=self.head_chunk_tokens,
+            formula=self.head.formula, chunk_size=self.head_chunk_tokens,
         )  # fmt: skip
 
 
