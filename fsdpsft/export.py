@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from fsdpsft.checkpoint import ADAPTER_FOLDER, HUB_FOLDER
 from fsdpsft.config import parse_size
 from fsdpsft.errors import CheckpointError, ConfigError, UserError
+from fsdpsft.filesystem import fsync
 from fsdpsft.hf_export import Handoff, StoredDtypes, named_tensors, plan_export, prove_model, write_hub_files
 from fsdpsft.model import lora
 from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles, open_model_files
-from fsdpsft.storage.files import copy_file, fsync_folder, fsync_tree, require_space, write_json
+from fsdpsft.storage.files import copy_file, fsync_tree, require_space, write_json
 from fsdpsft.storage.manifest import MANIFEST, Manifest, verify, write_manifest
 from fsdpsft.storage.pieces import Box, Piece, Request
 from fsdpsft.storage.run_folder import STEP_NAME
@@ -147,7 +148,7 @@ def export(options: Options) -> Path:
         _write(source, kind, folder, options)
         fsync_tree(folder)
         folder.replace(target)
-        fsync_folder(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target

@@ -20,7 +20,7 @@ from fsdpsft.checkpoint import Adapter, CheckpointManager
 from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
-from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, init_mesh, keep_freed_memory
+from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, env_rank, init_mesh, keep_freed_memory
 from fsdpsft.errors import UserError
 from fsdpsft.evaluate import token_losses
 from fsdpsft.flops import flop_count
@@ -34,6 +34,7 @@ from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
 from fsdpsft.signals import Stopped, StopSignal
+from fsdpsft.storage.run_folder import only_run_in
 from fsdpsft.training_state import TrainState, check_config, read_state
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,18 @@ def open_run(config: Config) -> Iterator[Run]:
     """Prepare the data, join the processes, build everything; close it all afterwards.
 
     Raises:
+        UserError: settings or data that cannot work; another run that writes to the same folder.
         RunFailed: an error that is no user's mistake, or another process's; names rank and step.
     """
     data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+    alone = only_run_in(Path(config.trainer.default_local_dir)) if env_rank() == 0 else contextlib.nullcontext()
+    with alone, _join(config, data) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _join(config: Config, data: TrainingData) -> Iterator[Run]:
+    """Join the processes, build the run, and leave in the way that its end calls for."""
     device, t = choose_device(config.trainer.device), config.trainer
     if device.type == "cpu":
         keep_freed_memory()

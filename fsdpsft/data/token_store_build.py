@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fsdpsft.data.build_lock import exclusive, is_held, owner
 from fsdpsft.data.files import TARGET_BYTES
 from fsdpsft.data.sources import Source, fingerprint, shards
 from fsdpsft.data.token_store import COLUMNS, MANIFEST, OFFSETS, STATS, STORE_VERSION, TokenStore
@@ -45,6 +44,7 @@ from fsdpsft.data.token_store_parts import (
     Tally,
 )
 from fsdpsft.errors import DataError
+from fsdpsft.filesystem import exclusive, fsync, is_held, owner
 
 log = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence
     }
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*scratch.iterdir(), scratch]:
-        _fsync(path)
+        fsync(path)
 
 
 def _publish(scratch: Path, target: Path) -> None:
@@ -413,15 +413,7 @@ def _publish(scratch: Path, target: Path) -> None:
         if not target.is_dir():
             raise
         log.info("%s was built by another process in the meantime; using that one", target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)
 
 
 # --------------------------------------------------------------------------------------------------------------- report

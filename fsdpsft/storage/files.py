@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import fsync
 
 CHUNK_BYTES = 16 << 20
 """Bytes hashed or written at once: large enough that the GIL is let go of nearly all the time."""
@@ -49,24 +50,14 @@ def copy_file(source: Path, target: Path) -> FileRecord:
     """Copy a file's content, durably, making the folders above it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    with target.open("rb") as stream:
-        os.fsync(stream.fileno())
+    fsync(target)
     return record_of(target)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a rename or a new file is lost in a power cut until this has been done."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def fsync_tree(folder: Path) -> None:
-    """``fsync_folder`` for a folder and every folder below it (files are fsynced as they are closed)."""
+    """Make the names in a folder and in every folder below it durable (files are fsynced as they are closed)."""
     for below, _, _ in os.walk(folder):
-        fsync_folder(Path(below))
+        fsync(Path(below))
 
 
 def require_space(folder: Path, needed: int, reserve: int = 64 << 20) -> None:

@@ -14,6 +14,7 @@ unsharded model is one file, and its rename the switch.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -22,11 +23,12 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fsdpsft.errors import CheckpointError
-from fsdpsft.storage.files import fsync_folder, fsync_tree, write_json
+from fsdpsft.errors import CheckpointError, ConfigError
+from fsdpsft.filesystem import LockHeldError, exclusive, fsync
+from fsdpsft.storage.files import fsync_tree, write_json
 from fsdpsft.storage.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,37 @@ STEP_NAME = re.compile(r"global_step_(\d+)")
 TEMPORARY, TRASH, LINK, ASIDE = ".tmp-", ".trash-", ".link-", "aside_"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+LOCK_FILE = ".lock"
+PATIENCE_S = 10.0
+"""Seconds for a process that is being killed to go: a restarted run meets the one it replaces."""
+
+
+@contextlib.contextmanager
+def only_run_in(root: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Keep every other run out of an output folder, which is made when missing; for rank 0 of a training run.
+
+    The lock ends with the process, so that a killed run leaves none, while one whose launcher alone was killed, and
+    which goes on writing, keeps it. On a file system without locks a warning says so.
+
+    Raises:
+        ConfigError: another run writes there, and did not end within ``patience_s``; or nobody can write there.
+    """
+    lock = root / LOCK_FILE
+    with contextlib.ExitStack() as held:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(lock, f"training into {root}", patience_s))
+        except LockHeldError as error:
+            raise ConfigError(
+                f"trainer.default_local_dir={root}: {error.owner} is training into this folder. Wait for it to end, "
+                "or end it, or name another folder. (Where that process is gone and its machine cannot be reached, "
+                f"delete {lock}.)"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"trainer.default_local_dir={root} cannot be written to ({error.strerror}); name another folder"
+            ) from error
+        yield
 
 
 class RunFolder:
@@ -82,7 +115,7 @@ class RunFolder:
         if final.exists():
             self._discard(final)
         temporary.rename(final)
-        fsync_folder(self.root)
+        fsync(self.root)
         return final
 
     def abandon(self, step: int) -> None:
@@ -175,7 +208,7 @@ class RunFolder:
         else:
             _link(source / switch, self.root / switch)
         _link(source / "manifest.json", self.root / "manifest.json")
-        fsync_folder(self.root)
+        fsync(self.root)
         for path in self.root.glob("model*.safetensors*"):
             if path.name not in (*shards.values(), switch):
                 path.unlink()

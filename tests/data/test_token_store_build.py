@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from fsdpsft.data import token_store_build
-from fsdpsft.data.build_lock import exclusive, is_held
 from fsdpsft.data.sources import resolve_sources
 from fsdpsft.data.token_store import TokenStore
 from fsdpsft.data.token_store_build import build, open_or_build, store_key
 from fsdpsft.data.token_store_parts import BuildOptions
 from fsdpsft.errors import DataError, RowError
+from fsdpsft.filesystem import exclusive, is_held
 from tests.data.toy_encoder import ToyEncoder, write_rows
 
 ALONE = BuildOptions(num_workers=1)
@@ -256,13 +256,3 @@ def test_waiting_ends_when_the_builder_has_failed(tmp_path, monkeypatch):
 def hold_for(lock, seconds):
     with exclusive(lock, "testing"):
         time.sleep(seconds)
-
-
-def test_lock_left_by_an_ordinary_error_is_free_and_blames_nobody(tmp_path, caplog):
-    with pytest.raises(KeyError), exclusive(tmp_path / "lock", "building"):
-        raise KeyError
-    assert not is_held(tmp_path / "lock")
-    with caplog.at_level(logging.WARNING), exclusive(tmp_path / "lock", "building") as held:
-        assert held
-        assert is_held(tmp_path / "lock")
-    assert caplog.text == ""

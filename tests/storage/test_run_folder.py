@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdpsft.errors import CheckpointError
+from fsdpsft.errors import CheckpointError, ConfigError
+from fsdpsft.filesystem import is_held
 from fsdpsft.storage.files import record_of, write_json
 from fsdpsft.storage.manifest import Manifest, write_manifest
-from fsdpsft.storage.run_folder import INDEX_FILE, RunFolder
+from fsdpsft.storage.run_folder import INDEX_FILE, LOCK_FILE, RunFolder, only_run_in
 
 SHARDS = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 
@@ -159,3 +160,29 @@ def test_a_state_without_a_model_cannot_be_published(tmp_path) -> None:
     make_checkpoint(folder, 1, shards=[])
     with pytest.raises(CheckpointError, match="no model files"):
         folder.publish(1)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path) -> None:
+    root = tmp_path / "new" / "run"
+    with only_run_in(root):
+        assert is_held(root / LOCK_FILE)
+        with (
+            pytest.raises(ConfigError, match=rf"default_local_dir=.*run: process {os.getpid()} on .*another folder"),
+            only_run_in(root, patience_s=0),
+        ):
+            pytest.fail("two runs at once")
+        RunFolder(root).clean()
+        assert is_held(root / LOCK_FILE), "cleaning up lets nobody in"
+    with only_run_in(root, patience_s=0):
+        pass
+
+
+def test_a_folder_nobody_can_write_to(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"default_local_dir=.*cannot be written to"), only_run_in(tmp_path / "file"):
+        pytest.fail("a file is no folder")
+
+
+def test_an_error_of_the_run_is_not_taken_for_the_folder_s(tmp_path) -> None:
+    with pytest.raises(OSError, match="the run's own"), only_run_in(tmp_path):
+        raise OSError("the run's own")

@@ -1,8 +1,7 @@
-"""One builder at a time for a store, over processes and machines that share its folder.
+"""What the data side and the output folder both need of a file system: locks, and writes that outlast a power cut.
 
-The lock is the kernel's (``flock``), so it goes with the process that held it, however that died, and nobody has to
-guess from a heartbeat whether an owner still lives. It saves work only: stores are published by an atomic rename, so
-two builders on a file system without locks cost time, not correctness.
+A lock is the kernel's (``flock``), so it goes with the process that held it, however that died, and nobody has to guess
+from a heartbeat whether an owner still lives. The file's text tells the others whom they wait for; it decides nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import time
@@ -24,23 +24,36 @@ REPEAT_SECONDS = 60.0
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
+class LockHeldError(Exception):
+    """A lock was not let go in time; ``owner`` is who holds it."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"the lock is held by {owner}")
+        self.owner = owner
+
+
 @contextmanager
-def exclusive(path: Path, purpose: str) -> Iterator[bool]:
+def exclusive(path: Path, purpose: str, patience_s: float = math.inf) -> Iterator[bool]:
     """Hold the lock file ``path``, waiting for its owner to finish or die.
 
     Args:
         path: the lock file; made when missing and never deleted, since others may be waiting on it.
         purpose: what the owner is doing, for the message to those who wait.
+        patience_s: seconds to wait at most.
 
     Yields:
         True; False where the file system has no locks, after a warning.
+
+    Raises:
+        LockHeldError: somebody else held it all that time.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        held = _acquire(descriptor, path, purpose)
+        held = _acquire(descriptor, path, purpose, time.monotonic() + patience_s)
         if held:
+            started = time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} (since {started})".encode(), 0)
         try:
             yield held
         finally:
@@ -50,13 +63,16 @@ def exclusive(path: Path, purpose: str) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, purpose: str) -> bool:
+def _acquire(descriptor: int, path: Path, purpose: str, deadline: float) -> bool:
     next_message = time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= next_message:
+            now = time.monotonic()
+            if now >= deadline:
+                raise LockHeldError(owner(path)) from None
+            if now >= next_message:
                 log.warning("waiting for %s, which is %s (lock %s)", owner(path), purpose, path)
                 next_message += REPEAT_SECONDS
             time.sleep(POLL_SECONDS)
@@ -72,7 +88,7 @@ def _acquire(descriptor: int, path: Path, purpose: str) -> bool:
 
 
 def owner(path: Path, default: str = "another process") -> str:
-    """Who wrote the lock file last: process and machine."""
+    """Who wrote the lock file last: process, machine and the time it began."""
     return path.read_text(errors="replace") or default if path.exists() else default
 
 
@@ -91,3 +107,12 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder: a rename is lost in a power cut until this is done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

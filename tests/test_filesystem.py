@@ -1,0 +1,98 @@
+"""Locks end with their holder, however it ends; and their absence is said, not hidden."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fsdpsft.filesystem import LockHeldError, exclusive, is_held, owner
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fsdpsft.filesystem import exclusive
+with exclusive(Path(sys.argv[1]), "testing"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def another_holder(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that holds the lock until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_process_is_refused_and_after_a_kill_the_lock_is_free(tmp_path, caplog):
+    lock = tmp_path / "lock"
+    with another_holder(lock) as holder:
+        with pytest.raises(LockHeldError) as refused, exclusive(lock, "testing", patience_s=0):
+            pytest.fail("two hold it")
+        assert refused.value.owner.startswith(f"process {holder.pid} on {os.uname().nodename} (since 20")
+        holder.kill()
+        holder.wait()
+        assert not is_held(lock)
+        assert owner(lock) == refused.value.owner  # killed, so it could not take its name away
+    with caplog.at_level(logging.WARNING), exclusive(lock, "testing", patience_s=0) as held:
+        assert held
+        assert owner(lock).startswith(f"process {os.getpid()} on")
+    assert f"taking over from {refused.value.owner}, which died while it was testing" in caplog.text
+
+
+def test_waits_for_one_that_is_being_killed(tmp_path, caplog):
+    lock = tmp_path / "lock"
+    with another_holder(lock) as holder:
+        threading.Timer(0.5, holder.kill).start()
+        before = time.monotonic()
+        with caplog.at_level(logging.WARNING), exclusive(lock, "testing", patience_s=30) as held:
+            assert held
+            assert 0.4 < time.monotonic() - before < 20
+    assert f"waiting for process {holder.pid} on" in caplog.text
+
+
+def test_one_process_cannot_hold_it_twice(tmp_path):
+    with (
+        exclusive(tmp_path / "lock", "testing"),
+        pytest.raises(LockHeldError),
+        exclusive(tmp_path / "lock", "testing", patience_s=0),
+    ):
+        pytest.fail("held twice")
+
+
+def test_a_file_system_without_locks_is_told_and_gone_on_with(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING), exclusive(tmp_path / "lock", "testing") as held:
+        assert not held
+    assert "this file system has no locks (No locks available); testing without one" in caplog.text
+
+
+def test_lock_left_by_an_ordinary_error_is_free_and_blames_nobody(tmp_path, caplog):
+    with pytest.raises(KeyError), exclusive(tmp_path / "lock", "building"):
+        raise KeyError
+    assert not is_held(tmp_path / "lock")
+    with caplog.at_level(logging.WARNING), exclusive(tmp_path / "lock", "building") as held:
+        assert held
+        assert is_held(tmp_path / "lock")
+    assert caplog.text == ""
