@@ -46,7 +46,7 @@ class ParallelModel:
         attend: the attention backend, inside the Ulysses exchange where there is one.
         masters: stands between master weights and compute dtype for one process; None where FSDP does that.
         trimmed: whether the last block computes trained positions only.
-        whole: FSDP units that stay whole from forward to backward.
+        whole: FSDP units that stay whole between a step's micro-batches.
     """
 
     module: SFTModel

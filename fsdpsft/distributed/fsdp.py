@@ -1,12 +1,24 @@
-"""FSDP2: which modules are sharded, in which precision, and how gradients are summed.
+"""FSDP2: which modules are sharded, in which precision, how often weights are gathered and how gradients are summed.
 
 Gradients are summed, never averaged: the loss of each micro-batch is already divided by the trained tokens of the
 whole step, so FSDP's own division by the number of processes is switched off.
+
+Gathers of a step of m micro-batches through L blocks, where weights are freed after the forward pass (ZeRO-3):
+
+    root (embeddings, last norm, head)   1; where nothing in it is trained, 1 in the whole run
+    first block                          m + 1, as a backward pass ends where the next forward pass begins
+    last block                           m, as its backward pass begins where its forward pass ends
+    each other block                     2 m
+
+and without that (ZeRO-2) one a step for each; a unit in which nothing is trained, one in the whole run. Frozen weights
+of a block with adapters are gathered with the adapters, since the gradient that flows back through them needs them, but
+take no part in the reduction: only gradients that exist are reduced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -39,7 +51,8 @@ def shard_model(
         min_num_params: smaller blocks are left to the root.
 
     Returns:
-        The units that stay whole from forward to backward: the root, and all blocks without ``reshard_after_forward``.
+        The units to keep whole between a step's micro-batches (see ``prepare_micro_batch``): the root and the first
+        block, and all blocks without ``reshard_after_forward``.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
@@ -57,7 +70,21 @@ def shard_model(
         unit.set_gradient_divide_factor(1.0)
         # A divide factor alone turns the sum into PREMUL_SUM, which gloo lacks.
         unit.set_force_sum_reduction_for_comms(True)
-    return [unit for unit in units if unit is model or not reshard_after_forward]
+    frozen = {unit for unit in units if not any(p.requires_grad for p in _own_parameters(unit))}
+    for unit in frozen:
+        # What stays whole up to the backward pass anyway may stay so for good if no step changes it.
+        unit.set_reshard_after_backward(reshard_after_forward and unit is not model, recurse=False)
+    for block in itertools.takewhile(lambda block: {block, model} <= frozen, blocks):
+        assert isinstance(block, FSDPModule)
+        block.set_unshard_in_backward(False)  # no gradient comes down to it, but it would be gathered ahead
+    first = blocks[0] if blocks[0] in units else model
+    return [u for u in units if u not in frozen and (u in (model, first) or not reshard_after_forward)]
+
+
+def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are gathered with ``unit``: all but those of units inside it."""
+    inner = {id(p) for m in unit.modules() if m is not unit and isinstance(m, FSDPModule) for p in m.parameters()}
+    return [p for p in unit.parameters() if id(p) not in inner]
 
 
 def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: bool, sync: bool) -> None:
@@ -65,8 +92,8 @@ def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: 
 
     Args:
         model: the root module.
-        whole: what ``shard_model`` returned: held whole in every micro-batch, so keeping them so in between costs no
-            peak memory and saves gathering them again.
+        whole: what ``shard_model`` returned: whole at the end of a backward pass and at the beginning of the next
+            forward pass, so keeping them so in between costs no peak memory and saves gathering them again.
         last: the step's last micro-batch.
         sync: reduce gradients between processes; without it they pile up unsharded.
     """

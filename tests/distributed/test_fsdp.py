@@ -32,43 +32,61 @@ def a_step(rank: int) -> Step:
 
 
 class Counted(TorchDispatchMode):
-    """Counts all-gathers."""
+    """Counts all-gathers, and the bytes that reductions take in."""
 
-    gathers = 0
+    gathers = reduced = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.gathers += "c10d" in str(func) and "allgather" in str(func)
+        if "c10d" in str(func) and "reduce_scatter" in str(func):
+            self.reduced += args[1].numel() * args[1].element_size()
         return func(*args, **(kwargs or {}))
 
 
-def gathers(folder: Path, overrides: list[str]) -> list[int]:
-    """All-gathers of two steps."""
+def counts_of(folder: Path, overrides: list[str]) -> tuple[list[int], list[int], list[int]]:
+    """All-gathers and reduced bytes of each of two steps; trained numbers of the root and of all blocks."""
     config = load_config([f"model.partial_pretrain={folder}", "data.train_files=null", *overrides])
     mesh = init_mesh(torch.device("cpu"))
     model = build_model(folder, config.model, mesh, packed=True, seed=0)
     optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    counts = []
+    trained = {name: p.numel() for name, p in model.module.named_parameters() if p.requires_grad}
+    inside = sum(count for name, count in trained.items() if ".layers." in name)
+    gathers, reduced = [], []
     for _ in range(2):
         with Counted() as counted:
             train_step(model, optimizer, a_step(mesh.rank), 1.0)
-        counts.append(counted.gathers)
-    return counts
+        gathers.append(counted.gathers)
+        reduced.append(counted.reduced)
+    return gathers, reduced, [sum(trained.values()) - inside, inside]
 
 
-EXPECTED = {
-    # Blocks for each forward and backward, the last for both at once; the root, needed at both ends, once a step.
-    (): (2 * BLOCKS - 1) * MICRO_BATCHES + 1,
-    ("model.fsdp_config.reshard_after_forward=false",): BLOCKS + 1,
-    ("model.lora_rank=4",): (2 * BLOCKS - 1) * MICRO_BATCHES + 1,
-    ("model.lora_rank=4", "model.fsdp_config.reshard_after_forward=false"): BLOCKS + 1,
-}
+# The first block's weights stay from a backward pass to the next forward pass, the last one's the other way round.
+ZERO_3 = 2 * BLOCKS * MICRO_BATCHES - MICRO_BATCHES - (MICRO_BATCHES - 1)
+LORA, ZERO_2 = "model.lora_rank=4", "model.fsdp_config.reshard_after_forward=false"
+EXPECTED = {  # gathers of the first step and of the second
+    (): (1 + ZERO_3, 1 + ZERO_3),
+    (ZERO_2,): (1 + BLOCKS, 1 + BLOCKS),
+    (LORA,): (1 + ZERO_3, ZERO_3),  # a frozen root is gathered once and for all
+    (LORA, ZERO_2): (1 + BLOCKS, BLOCKS),
+    (LORA, "model.modules_to_save=[embed_tokens,lm_head]"): (1 + ZERO_3, 1 + ZERO_3),
+    # A last block without adapters is frozen, too, and whole up to its backward pass.
+    (LORA, ZERO_2, f"model.exclude_modules='.*layers[.]{BLOCKS - 1}[.].*'"): (1 + BLOCKS, BLOCKS - 1),
+    # Blocks below all adapters have no backward pass.
+    (LORA, "model.target_modules='.*layers[.][12][.].*q_proj'"): (
+        1 + ZERO_3 - 1, MICRO_BATCHES * (2 * BLOCKS - 2),
+    ),
+}  # fmt: skip
 
 
-def all_gathers(folder: Path) -> list[list[int]]:
-    return [gathers(folder, list(overrides)) for overrides in EXPECTED]
+def all_counts(folder: Path) -> list[tuple[list[int], list[int], list[int]]]:
+    return [counts_of(folder, list(overrides)) for overrides in EXPECTED]
 
 
-def test_weights_are_gathered_as_often_as_said(tmp_path: Path) -> None:
+def test_weights_are_gathered_and_gradients_reduced_as_often_as_said(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, num_hidden_layers=BLOCKS)
-    for found in run_distributed(all_gathers, 2, tmp_path):
-        assert found == [[count, count] for count in EXPECTED.values()]
+    for found in run_distributed(all_counts, 2, tmp_path):
+        assert dict(zip(EXPECTED, (tuple(gathers) for gathers, _, _ in found), strict=True)) == EXPECTED
+        for _, reduced, (root, inside) in found:
+            # Frozen weights send nothing. The root's gradients are reduced once a micro-batch, as the blocks' are.
+            assert inside > 0
+            assert reduced == [4 * MICRO_BATCHES * (root + inside)] * 2
