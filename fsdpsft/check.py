@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsdpsft.cli import run_command
 from fsdpsft.config import Config
 from fsdpsft.data.row_encoder import RowEncoder
 from fsdpsft.data.sources import Source, resolve_sources
 from fsdpsft.data.token_store import TokenStore
-from fsdpsft.errors import ConfigError, DataError, UserError
+from fsdpsft.errors import ConfigError, DataError
 from fsdpsft.model.loading import load_tokenizer, resolve_model_path
 from fsdpsft.prepare import TrainingData, generation_eos, make_encoder, prepare_data
 from fsdpsft.report import terminal
@@ -29,11 +28,10 @@ from fsdpsft.report.page import write_page
 from fsdpsft.report.proof import Part, prove
 from fsdpsft.report.report import Report
 from fsdpsft.report.run_plan import plan_run
-from fsdpsft.report.tool_keys import take_keys, whole_number
+from fsdpsft.report.tool_keys import run_tool, whole_number
 
 log = logging.getLogger(__name__)
 
-KEYS = ("html", "rows", "samples")
 DEFAULT_ROWS = 100_000
 USAGE = f"""python -m fsdpsft.check proves what would be trained; it takes the keys of fsdpsft.train and:
 
@@ -192,31 +190,21 @@ def print_report(report: Report, style: terminal.Style) -> None:
         sys.stdout.write(part)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m fsdpsft.check``: 0 where everything holds, else 1."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(USAGE)
-    try:
-        taken, rest = take_keys(arguments, "check", KEYS)
-        options = Options.parse(taken)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+def check_and_print(config: Config, options: Options) -> bool:
+    """Examine the data, print the report, write the page where one is asked for; returns whether all holds."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character of the data
-    passed = True
+    report = check(config, options)
+    print_report(report, terminal.Style(colour=sys.stdout.isatty()))
+    if options.html is not None:
+        write_page(options.html, report)
+        sys.stdout.write(f"the page: {options.html}\n")
+    return report.passed
 
-    def command(config: Config) -> None:
-        nonlocal passed
-        report = check(config, options)
-        passed = report.passed
-        print_report(report, terminal.Style(colour=sys.stdout.isatty()))
-        if options.html is not None:
-            write_page(options.html, report)
-            sys.stdout.write(f"the page: {options.html}\n")
 
-    return run_command(command, rest, "fsdpsft.check") or int(not passed)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m fsdpsft.check``: 0 where everything holds, else 1."""
+    return run_tool("check", USAGE, Options, check_and_print, arguments)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdpsft.cli import run_command
 from fsdpsft.config import Config
-from fsdpsft.errors import ConfigError, UserError
+from fsdpsft.errors import ConfigError
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.prepare import prepare_data
 from fsdpsft.report.facts import length_histogram, source_facts
@@ -25,9 +24,8 @@ from fsdpsft.report.terminal import (
     plan_text,
     sources_text,
 )
-from fsdpsft.report.tool_keys import take_keys, whole_number
+from fsdpsft.report.tool_keys import run_tool, whole_number
 
-KEYS = ("world_size", "gpu", "mfu")
 USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
 
   plan.world_size=8           GPUs, all nodes together
@@ -90,16 +88,7 @@ def plan(config: Config, options: Options) -> tuple[RunPlan, Footprint]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m fsdpsft.plan``: 0, or 1 after a user's mistake."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(USAGE)
-    try:
-        taken, rest = take_keys(arguments, "plan", KEYS)
-        options = Options.parse(taken)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return run_command(lambda config: plan(config, options), rest, "fsdpsft.plan")
+    return run_tool("plan", USAGE, Options, plan, arguments)
 
 
 if __name__ == "__main__":
