@@ -26,7 +26,7 @@ from fsdpsft.config import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import experts, kernels, lora
+from fsdpsft.model import block_parts, experts, kernels, lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
@@ -128,20 +128,22 @@ def build_model(
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
     trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
-    if settings.compile:
-        # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
-        for block in blocks[:-1] if trimmed else blocks:
-            block.forward = torch.compile(block.forward)
+    # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
+    plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
     activation_checkpoint.apply(
-        blocks,
-        settings.enable_gradient_checkpointing,
-        offload=settings.activation_offload,
-        mlp_tiles=settings.mlp_tiles,
-    )
+        blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload,
+        mlp_tiles=settings.mlp_tiles, split=block_parts.split,
+        prepare=lambda unit: _compile(unit) if settings.compile and id(unit) not in plain else None,
+    )  # fmt: skip
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
     return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, whole)
+
+
+def _compile(unit: nn.Module) -> None:
+    """Compile a module's forward; attention inside it breaks the graph and runs as it is."""
+    unit.forward = torch.compile(unit.forward)
 
 
 def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:

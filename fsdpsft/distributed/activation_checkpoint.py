@@ -5,16 +5,24 @@ which sit on the module's call, do not run a second time when a block is recompu
 numbers by the same kernels; gradients are bit-identical on CPU, except that tiles change the shape, and so the
 rounding, of the MLP's products.
 
-What one block of T tokens keeps until its backward pass, in numbers of size D (I: the MLP's width over D):
+What one block of T tokens keeps until its backward pass (D: hidden size, I: the MLP's width, Q and K: width of all
+query heads and of all key or value heads), and what is made again then:
 
     none         everything: inputs of each product, norm and activation, in float32 where a norm works in it
-    selective    the block's input, and what is costly to make: results of matrix products, attention and exchanges
-    full         the block's input
-    mlp_tiles    the inputs of the block's parts; never more than one tile of the MLP's width
+    selective    the inputs of attention and of the MLP, 2 T D; results of their products but the last, Q + 2 K and 2 I
+                 a token; attention's output, Q a token; what came by an exchange. Norms, rotary embedding and the
+                 MLP's activation are made again, no product, attention or exchange is. Attention and MLP are units of
+                 their own: while one is made again and passed back, nothing of the other is alive
+    full         the block's input, T D; the whole block is made again, but for its last product. Two units would keep
+                 T D more for each block to save the smaller one's intermediates once, which is worse in all but the
+                 shallowest models
+    mlp_tiles    the inputs of attention and of the MLP, 2 T D; with ``selective`` also what it keeps of attention.
+                 Never more than one tile of the MLP's intermediates
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,12 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from fsdpsft.errors import ConfigError, ModelError
 
@@ -37,18 +42,30 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn")
 PRODUCTS = frozenset({"mm", "addmm", "linear", "_grouped_mm", "_scaled_mm", "all_to_all_single"})
 
 Forward = Callable[..., Any]
+Split = Callable[[nn.Module], Sequence[nn.Module] | None]
+"""Takes a block apart into modules that can be recomputed each alone, in forward order; None where it cannot."""
 
 
-def apply(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False, mlp_tiles: int = 1) -> None:
-    """Set up checkpointing of a model's decoder blocks, in place; after compile, before FSDP.
+def apply(
+    blocks: Sequence[nn.Module],
+    mode: str,
+    *,
+    offload: bool = False,
+    mlp_tiles: int = 1,
+    split: Split = lambda block: None,
+    prepare: Callable[[nn.Module], None] = lambda unit: None,
+) -> None:
+    """Set up checkpointing of a model's decoder blocks, in place; before FSDP.
 
     Args:
         blocks: the decoder blocks in forward order.
         mode: ``none``, ``selective`` or ``full``.
         offload: keep the inputs of checkpointed units in host memory until their backward pass.
         mlp_tiles: above 1, each block's MLP runs over this many slices of the tokens, each recomputed on its own. The
-            block's other parts then become units of their own: with the whole block as one, the MLP would run three
-            times instead of twice.
+            block's other parts then are units of their own: with the whole block as one, the MLP would run three times
+            instead of twice.
+        split: how to take a block apart, where that saves memory.
+        prepare: called with each unit before its forward is wrapped (to compile it).
 
     Raises:
         ConfigError: ``offload`` without checkpointing, which alone knows what may leave the device.
@@ -60,43 +77,116 @@ def apply(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False, mlp_
             "model.activation_offload=true moves what checkpointing keeps; set "
             "model.enable_gradient_checkpointing=selective or full."
         )
-    units = list(blocks)
-    if mlp_tiles > 1:
-        units = [part for block in blocks for part in _parts_beside_tiled_mlp(block, mlp_tiles)]
+    units: list[nn.Module] = []
+    for block in blocks:
+        mlp = _plain_mlp(block, mlp_tiles) if mlp_tiles > 1 else None
+        parts = list(split(block) or ()) if mode == "selective" or mlp is not None else []
+        parts = parts or ([block] if mlp is None else list(block.children()))
+        for part in parts:
+            prepare(part)
+        if mlp is not None:
+            mlp.forward = _tiled(mlp.forward, mlp_tiles)
+        units += [part for part in parts if part is not mlp]
     if mode == "none":
         return
-    contexts = partial(create_selective_checkpoint_contexts, _keep_what_is_costly) if mode == "selective" else None
     rest = HostRest(len(units)) if offload else None
     for index, unit in enumerate(units):
-        unit.forward = _checkpointed(unit.forward, contexts, partial(rest.of_unit, index) if rest else None)
-
-
-def _keep_what_is_costly(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep results of matrix products, attention kernels and exchanges between ranks; recompute what is elementwise."""
-    name = getattr(op, "__name__", str(op)).split(".")[0]
-    costly = name in PRODUCTS or "attention" in name or "attn" in name
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+        resting = partial(rest.of_unit, index) if rest else None
+        unit.forward = _checkpointed(unit.forward, keep=mode == "selective", resting=resting)
 
 
 def _checkpointed(
-    forward: Forward,
-    contexts: Callable[[], Any] | None = None,
-    resting: Callable[[], AbstractContextManager[None]] | None = None,
+    forward: Forward, *, keep: bool = False, resting: Callable[[], AbstractContextManager[None]] | None = None
 ) -> Forward:
-    """``forward`` under non-reentrant checkpointing, which allows keyword arguments and inputs without gradient."""
-    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    """``forward`` under non-reentrant checkpointing, which allows keyword arguments and inputs without gradient.
+
+    Args:
+        keep: results that are costly to make.
+        resting: context in which the inputs are saved.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # Tensors that a gradient goes back to must be arguments: what a closure holds no hook can send to the host.
+        names = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
+        inputs, others = [kwargs[name] for name in names], {k: v for k, v in kwargs.items() if k not in names}
+
+        def work(*given: Any) -> Any:
+            return forward(*given[: len(args)], **dict(zip(names, given[len(args) :], strict=True)), **others)
+
         with resting() if resting else nullcontext():
-            return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **options)
+            if not keep:
+                return checkpoint(work, *args, *inputs, use_reentrant=False)
+            results: _Results = deque()
+            output = checkpoint(
+                work, *args, *inputs, use_reentrant=False, context_fn=lambda: (_Keep(results), _Reuse(results))
+            )
+        _forget_last(results, output)
+        return output
 
     return run
 
 
-def _parts_beside_tiled_mlp(block: nn.Module, tiles: int) -> list[nn.Module]:
-    """Tile the block's MLP and return its other parts."""
+_Results = deque[tuple[Any, Any]]
+"""Costly operators of a unit and their results, in the order they ran."""
+
+
+class _Unit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator of a unit; compiled regions stay compiled, and are made again as a whole."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, results: _Results) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results = results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let the compiler work inside."""
+        return True
+
+
+class _Keep(_Unit):  # type: ignore[no-untyped-call]
+    """The forward pass: keeps results of matrix products, attention kernels and exchanges between ranks."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _is_costly(func):  # detached, or they would keep the graph alive that keeps them
+            self.results.append((func, tree_map_only(Tensor, Tensor.detach, result)))
+        return result
+
+
+class _Reuse(_Unit):  # type: ignore[no-untyped-call]
+    """The recomputation: the same operators in the same order find their results made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.results or not _is_costly(func):
+            return func(*args, **(kwargs or {}))
+        kept, result = self.results.popleft()
+        assert kept is func, f"{func} is recomputed where {kept} ran: the forward pass must do the same each time"
+        assert all(tensor._version == 0 for tensor in tree_leaves(result) if isinstance(tensor, Tensor)), (
+            f"a result of {func} was written over, so it cannot be used again"
+        )
+        return result
+
+
+def _is_costly(op: Any) -> bool:
+    if isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
+        return False  # the result is where its caller wants it, not what it returns
+    name = getattr(op, "__name__", str(op)).split(".")[0]
+    return name in PRODUCTS or "attention" in name or "attn" in name
+
+
+def _forget_last(results: _Results, output: Any) -> None:
+    """Drop the last result where it is what the unit returns: the recomputation ends before it."""
+    made = {tensor.untyped_storage()._cdata for tensor in tree_leaves(output) if isinstance(tensor, Tensor)}
+    if results and {t.untyped_storage()._cdata for t in tree_leaves(results[-1][1]) if isinstance(t, Tensor)} & made:
+        results.pop()
+
+
+def _plain_mlp(block: nn.Module, tiles: int) -> nn.Module:
+    """The block's MLP, which must treat each token alone."""
     children = dict(block.named_children())
     name = next((name for name in MLP_NAMES if name in children), None)
     if name is None or any("expert" in inner for inner, _ in children[name].named_modules()):
@@ -105,9 +195,7 @@ def _parts_beside_tiled_mlp(block: nn.Module, tiles: int) -> list[nn.Module]:
             f"model.mlp_tiles={tiles} needs a plain MLP in each block; {type(block).__name__} has {found}. "
             "Set model.mlp_tiles=1."
         )
-    mlp = children.pop(name)
-    mlp.forward = _tiled(mlp.forward, tiles)
-    return list(children.values())
+    return children[name]
 
 
 def _tiled(forward: Forward, tiles: int) -> Forward:

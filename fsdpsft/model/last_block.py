@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fsdpsft.model.attention import AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
+from fsdpsft.model.block_parts import Elementwise, stand_in
 
 log = logging.getLogger(__name__)
 
@@ -132,29 +133,6 @@ def _selecting(project: Callable[[Tensor], Tensor], wanted: _Wanted) -> Callable
     return lambda hidden: project(hidden if wanted.positions is None else select(hidden, wanted.positions))
 
 
-class _Elementwise(nn.Module):
-    """Stands for a norm or an MLP: any function of each token alone will do."""
-
-    def __init__(self, shift: float) -> None:
-        super().__init__()
-        self.shift = shift
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(1.3 * hidden + self.shift)
-
-
-def _stand_in(original: nn.Module, children: dict[str, nn.Module]) -> Any:
-    """A module of the same class and settings with other children; nothing of the original's size is made."""
-    stand_in = type(original).__new__(type(original))
-    nn.Module.__init__(stand_in)
-    for name, value in vars(original).items():
-        if name not in stand_in.__dict__:
-            stand_in.__dict__[name] = value
-    for name, child in children.items():
-        setattr(stand_in, name, child)
-    return stand_in.eval()
-
-
 def _small_copy(block: nn.Module) -> Any:
     """``block``'s class, and its attention's, around small made-up parts: the hidden size is 8."""
     attention: Any = block.self_attn
@@ -162,10 +140,10 @@ def _small_copy(block: nn.Module) -> Any:
     for name, child in attention.named_children():
         rows, columns = child.weight.shape if name in PROJECTIONS else (0, 0)
         sizes = (columns, _PROBE_WIDTH) if name == "o_proj" else (_PROBE_WIDTH, rows)
-        inner[name] = nn.Linear(*sizes) if name in PROJECTIONS else _Elementwise(0.2)
+        inner[name] = nn.Linear(*sizes) if name in PROJECTIONS else Elementwise(0.2)
     parts = {name for name, _ in block.named_children()} - {"self_attn"}
-    outer = {name: _Elementwise(0.1 * number) for number, name in enumerate(sorted(parts), 1)}
-    return _stand_in(block, {**outer, "self_attn": _stand_in(attention, inner)})
+    outer = {name: Elementwise(0.1 * number) for number, name in enumerate(sorted(parts), 1)}
+    return stand_in(block, {**outer, "self_attn": stand_in(attention, inner)})
 
 
 @torch.no_grad()

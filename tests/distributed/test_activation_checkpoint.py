@@ -14,19 +14,23 @@ from fsdpsft.distributed.ulysses import sequence_parallel
 from fsdpsft.errors import ConfigError, ModelError
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
+from fsdpsft.model.block_parts import split
+from fsdpsft.model.lora import LoraSettings, apply_lora
 from fsdpsft.testing import PeakMemory, run_distributed, tiny_model
 
 SEQLENS = (30, 50, 48)
 SEQLENS_BYTES = sum(SEQLENS) * 64 * 4  # one block's input
 VARIANTS = {
-    "selective": {"mode": "selective"},
+    "selective": {"mode": "selective", "split": split},
+    "selective, whole blocks": {"mode": "selective"},
     "full": {"mode": "full"},
     "full+offload": {"mode": "full", "offload": True},
-    "selective+offload": {"mode": "selective", "offload": True},
-    "tiles": {"mode": "none", "mlp_tiles": 4},
-    "selective+tiles": {"mode": "selective", "mlp_tiles": 4},
-    "full+tiles": {"mode": "full", "mlp_tiles": 4},
-    "full+tiles+offload": {"mode": "full", "mlp_tiles": 4, "offload": True},
+    "selective+offload": {"mode": "selective", "offload": True, "split": split},
+    "tiles": {"mode": "none", "mlp_tiles": 4, "split": split},
+    "selective+tiles": {"mode": "selective", "mlp_tiles": 4, "split": split},
+    "full+tiles": {"mode": "full", "mlp_tiles": 4, "split": split},
+    "full+tiles, children": {"mode": "full", "mlp_tiles": 4},
+    "full+tiles+offload": {"mode": "full", "mlp_tiles": 4, "offload": True, "split": split},
 }
 
 
@@ -75,7 +79,7 @@ def test_dropout_draws_the_same_numbers_again():
     results = []
     for mode in ("none", "selective", "full"):
         model = build(attention_dropout=0.3)
-        activation_checkpoint.apply(model.model.layers, mode)
+        activation_checkpoint.apply(model.model.layers, mode, split=split)
         torch.manual_seed(5)
         results.append(step(model)[1])
     for name, gradient in results[0].items():
@@ -101,12 +105,75 @@ def test_peak_memory_counts_what_lives_at_one_time():
 
 
 def test_each_mode_needs_less_memory_than_the_one_before():
-    none, selective, full = (peak_of(mode=mode) for mode in ("none", "selective", "full"))
-    assert selective < 0.75 * none
+    none, selective, full = (peak_of(mode=mode, split=split) for mode in ("none", "selective", "full"))
+    assert selective < 0.7 * none
     assert full < 0.75 * selective
-    assert peak_of(mode="full", mlp_tiles=8) < full
+    tiled = peak_of(mode="full", mlp_tiles=8, split=split)
+    assert tiled < full
+    assert selective < peak_of(mode="selective")
+    assert tiled < peak_of(mode="full", mlp_tiles=8)
     # On CPU, a copy in host memory stands in for the original: no more than without, and freed as soon.
     assert peak_of(mode="full", offload=True) <= full + SEQLENS_BYTES
+
+
+def kept_by_selective(monkeypatch, model) -> list[tuple[str, int]]:
+    """What selective checkpointing keeps of each unit beyond its input: operator and numbers a token."""
+    kept = []
+    forget = activation_checkpoint._forget_last
+
+    def watched(results, output):
+        forget(results, output)
+        for func, result in results:
+            tensor = result[0] if isinstance(result, tuple) else result
+            kept.append((func.__name__.split(".")[0], tensor.numel() // sum(SEQLENS)))
+
+    monkeypatch.setattr(activation_checkpoint, "_forget_last", watched)
+    activation_checkpoint.apply(model.model.layers, "selective", split=split)
+    step(model)
+    return kept
+
+
+ATTENTION = [("_scaled_dot_product_flash_attention_for_cpu", n * 64 // sum(SEQLENS)) for n in SEQLENS]
+
+
+def test_selective_keeps_what_it_says(monkeypatch):
+    """Queries, keys, values and attention's output, each document's; gate and up; the last product of neither."""
+    kept = kept_by_selective(monkeypatch, build(num_hidden_layers=1))
+    products = [("addmm", 64), ("addmm", 32), ("addmm", 32)]
+    assert kept == [*products, *ATTENTION, ("mm", 96), ("mm", 96)]
+
+
+def test_each_half_is_recomputed_when_its_own_turn_comes():
+    """Backward: MLP again, MLP's gradients, and only then attention again."""
+    model, seen = build(num_hidden_layers=1), []
+    layer = model.model.layers[0]
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        module = layer.get_submodule(name)
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+        module.register_full_backward_hook(lambda *_, name=name: seen.append(f"{name} back"))
+    activation_checkpoint.apply(model.model.layers, "selective", split=split)
+    step(model)
+    backward = seen[4:]
+    assert backward.index("mlp.gate_proj back") < backward.index("self_attn.q_proj")
+
+
+def test_with_adapters_selective_repeats_no_product():
+    results = {}
+    for mode in ("none", "selective"):
+        model = build()
+        apply_lora(model, LoraSettings(rank=4, alpha=8))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        model.enable_input_require_grads()
+        activation_checkpoint.apply(model.model.layers, mode, split=split)
+        with Operators() as operators:
+            states, gradients = step(model)
+        results[mode] = states, gradients, operators.counts
+    (states, gradients, counts), (expected_states, expected, least) = results["selective"], results["none"]
+    assert torch.equal(states, expected_states)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert counts["mm"] == least["mm"]
 
 
 def count_calls(model: nn.Module, kind: str) -> list[int]:
@@ -122,8 +189,8 @@ def count_calls(model: nn.Module, kind: str) -> list[int]:
     [
         ({"mode": "none"}, 1),
         ({"mode": "full"}, 2),
-        ({"mode": "none", "mlp_tiles": 4}, 2),
-        ({"mode": "full", "mlp_tiles": 4}, 2),
+        ({"mode": "none", "mlp_tiles": 4, "split": split}, 2),
+        ({"mode": "full", "mlp_tiles": 4, "split": split}, 2),
     ],
 )
 def test_the_mlp_runs_at_most_twice(settings, tokens):
@@ -155,7 +222,7 @@ def counted(**settings) -> dict[str, int]:
 
 
 def test_selective_repeats_no_product_and_no_attention():
-    none, selective, full = (counted(mode=mode) for mode in ("none", "selective", "full"))
+    none, selective, full = (counted(mode=mode, split=split) for mode in ("none", "selective", "full"))
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     for name in ("mm", "addmm", attention):
         assert selective.get(name, 0) == none.get(name, 0)
@@ -176,6 +243,11 @@ def test_offload_copies_each_input_but_the_last_to_the_host(monkeypatch):
     activation_checkpoint.apply(model.model.layers, "full", offload=True)
     step(model)
     assert rests == [(1, sum(SEQLENS), 64)] * 3
+    parts = build(num_hidden_layers=2)
+    activation_checkpoint.apply(parts.model.layers, "selective", offload=True, split=split)
+    step(parts)
+    assert rests == [(1, sum(SEQLENS), 64)] * 6  # attention and MLP of two blocks, but for the last
+    del rests[3:]
     with torch.no_grad():
         model.model(
             input_ids=torch.arange(4)[None], use_cache=False,
@@ -198,7 +270,7 @@ def run_with_ulysses(mode: str) -> tuple[bool, dict[str, int]]:
     results, counts = [], {}
     for applied in ("none", mode):
         model = build()
-        activation_checkpoint.apply(model.model.layers, applied)
+        activation_checkpoint.apply(model.model.layers, applied, split=split)
         total, bounds = sum(SEQLENS), torch.tensor([0, *SEQLENS]).cumsum(0).to(torch.int32)
         ids = torch.randint(384, (1, total), generator=torch.Generator().manual_seed(0)).chunk(size, dim=1)[rank]
         positions = torch.cat([torch.arange(n) for n in SEQLENS])[None].chunk(size, dim=1)[rank]
