@@ -145,15 +145,6 @@ def _impossible_learning(c: Config) -> Faults:
             "model.activation_offload=true needs model.enable_gradient_checkpointing=selective or full",
         ),
         (
-            m.compile and m.enable_gradient_checkpointing == "selective",
-            "model.compile=true hides the single operations that model.enable_gradient_checkpointing=selective chooses "
-            "from: set it to full or none",
-        ),
-        (
-            m.compile and m.mlp_tiles > 1,
-            f"model.compile=true cannot compile an MLP in slices: leave model.mlp_tiles={m.mlp_tiles} at 1",
-        ),
-        (
             m.fsdp_config.model_dtype == "bfloat16" and m.dtype == "float32",
             "model.fsdp_config.model_dtype=bfloat16 contradicts model.dtype=float32",
         ),

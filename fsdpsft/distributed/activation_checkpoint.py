@@ -18,6 +18,9 @@ query heads and of all key or value heads), and what is made again then:
                  shallowest models
     mlp_tiles    the inputs of attention and of the MLP, 2 T D; with ``selective`` also what it keeps of attention.
                  Never more than one tile of the MLP's intermediates
+
+Inside a compiled unit no single operator can be seen. There, selective keeps what stands outside: attention's output
+and what came by an exchange. What the compiler has fused is made again as a whole.
 """
 
 from __future__ import annotations
