@@ -51,6 +51,7 @@ class PackedBatch:
         cu_seqlens: [N + 1] int32, bounds of the documents in the flat token axis; padding is a document of its own.
         seqlens: the documents' lengths as host integers (same information as ``cu_seqlens``).
         rows: store indices of the real documents, for error messages and per-row reports.
+        lengths: of the real documents, without filler.
     """
 
     input_ids: Tensor
@@ -62,6 +63,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     seqlens: tuple[int, ...]
     rows: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @property
     def max_seqlen(self) -> int:
@@ -132,4 +134,5 @@ def pack(
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         seqlens=tuple(seqlens),
         rows=tuple(s.row for s in samples),
+        lengths=tuple(lengths),
     )

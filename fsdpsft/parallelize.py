@@ -26,7 +26,7 @@ from fsdpsft.config import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import block_parts, experts, kernels, lora
+from fsdpsft.model import block_parts, experts, kernels, lora, rope
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
@@ -46,6 +46,7 @@ class ParallelModel:
         attend: the attention backend, inside the Ulysses exchange where there is one.
         masters: stands between master weights and compute dtype for one process; None where FSDP does that.
         trimmed: whether the last block computes trained positions only.
+        rope_limit: length beyond which a document has rotary frequencies of its own; None for most models.
         whole: FSDP units that stay whole between a step's micro-batches.
     """
 
@@ -55,6 +56,7 @@ class ParallelModel:
     masters: MasterWeights | None
     compute_dtype: torch.dtype
     trimmed: bool = False
+    rope_limit: int | None = None
     whole: Sequence[FSDPModule] = ()
 
     def __call__(self, batch: PackedBatch, sources: int = 1) -> tuple[Tensor, Tensor]:
@@ -79,10 +81,17 @@ class ParallelModel:
         mesh = self.mesh
         wanted = local.trained_index if self.trimmed and len(local.trained_index) else None
         return ModelInput(
-            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, mesh.device, wanted),
+            local.input_ids, local.position_ids,
+            AttentionContext.of(batch, self.attend, mesh.device, wanted, self._long_tokens(batch)),
             local.trained_index, local.targets, local.loss_weights,
             exchange=partial(ulysses.spread, plan=local.plan, group=mesh.sp_group) if mesh.sp_group else None,
         )  # fmt: skip
+
+    def _long_tokens(self, batch: PackedBatch) -> Tensor | None:
+        if self.rope_limit is None:
+            return None
+        long = rope.long_tokens(batch, self.rope_limit, self.mesh.sp_rank, self.mesh.sp_size)
+        return (long.pin_memory() if self.mesh.device.type == "cuda" else long).to(self.mesh.device, non_blocking=True)
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Forward and backward belong inside this."""
@@ -99,8 +108,9 @@ class ParallelModel:
 
 
 def build_model(
-    path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None
-) -> ParallelModel:
+    path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None,
+    max_length: int | None = None,
+) -> ParallelModel:  # fmt: skip
     """Build, adapt, shard and fill the model of a Hugging Face folder.
 
     Args:
@@ -110,6 +120,7 @@ def build_model(
         packed: whether documents share a row, which some architectures cannot honour.
         seed: of new adapters.
         layers: cut the model to its first so many blocks (for a self-test); None: all.
+        max_length: longest document; None: not known.
 
     Raises:
         ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it.
@@ -118,6 +129,7 @@ def build_model(
     dtype = resolve_dtype(settings.dtype, mesh.device)
     causal_lm = adapted_model(path, settings, dtype, layers)
     check_architecture(causal_lm, packed=packed)
+    rope_limit = rope.rope_by_document(causal_lm, max_length=max_length)
     prove_head(causal_lm)
     for remark in experts.remarks(causal_lm.config):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
@@ -138,7 +150,7 @@ def build_model(
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
-    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, whole)
+    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, rope_limit, whole)
 
 
 def _compile(unit: nn.Module) -> None:

@@ -180,7 +180,10 @@ def _leave(run: Run | None, joined_before: bool) -> None:
 def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal) -> Run:
     o, t = config.optim, config.trainer
     loader = make_loader(config, data.train, data, mesh)
-    model = build_model(data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed)
+    model = build_model(
+        data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed,
+        max_length=config.data.max_length,
+    )  # fmt: skip
     optimizer = build_optimizer(
         model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
         state_dtype=resolve_dtype(o.state_dtype, mesh.device),

@@ -32,7 +32,7 @@ from fsdpsft.checkpoint import CheckpointManager
 from fsdpsft.cli import run_command
 from fsdpsft.config import Config, ModelConfig
 from fsdpsft.data.loader import Loader
-from fsdpsft.distributed.mesh import choose_device, env_world_size, init_mesh
+from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError, UserError
 from fsdpsft.hf_export import Handoff, StoredDtypes, carried_files
 from fsdpsft.model import lora
@@ -310,6 +310,12 @@ def reference_outcome(subject: Subject) -> Outcome:
     return Outcome(loss, probe.gradients)
 
 
+def build(subject: Subject, settings: ModelConfig, mesh: Mesh, *, packed: bool) -> ParallelModel:
+    """The trainer's model, for documents as long as the subject's."""
+    longest = int(subject.documents.lengths.max())
+    return build_model(subject.folder, settings, mesh, packed=packed, seed=0, max_length=longest)
+
+
 def outcome(
     subject: Subject, settings: ModelConfig, device: torch.device | str, *, sp_size: int = 1,
     padded: bool | None = None, budget: int | None = None,
@@ -318,7 +324,7 @@ def outcome(
     padded = not subject.packed if padded is None else padded
     offload = settings.fsdp_config.offload_params
     mesh = init_mesh(choose_device(torch.device(device).type), sp_size=sp_size, shard_alone=offload)
-    model = build_model(subject.folder, settings, mesh, packed=not padded, seed=0)
+    model = build(subject, settings, mesh, packed=not padded)
     documents = subject.documents
     loader = Loader(
         documents, train_batch_size=len(documents), token_budget=budget or subject.tokens, pad_token_id=0,
@@ -349,7 +355,7 @@ def check_isolation(subject: Subject, reference: Outcome) -> float:
     """Change one packed document and watch the others, with the run's own attention and precision."""
     _needs_packing(subject)
     settings = replace(subject.own, lora_rank=0, lora_adapter_path=None)
-    model = build_model(subject.folder, settings, init_mesh(subject.device), packed=True, seed=0)
+    model = build(subject, settings, init_mesh(subject.device), packed=True)
     base = model.module.eval().causal_lm.base_model
 
     def states(input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
@@ -437,7 +443,7 @@ def check_own_settings(subject: Subject, reference: Outcome) -> float:
 def check_lora(subject: Subject, reference: Outcome) -> float:
     """Logits with adapters beside the weights, and with the adapters merged into them."""
     settings = replace(subject.plain, lora_rank=subject.own.lora_rank or 8, lora_dropout=0.0)
-    model = build_model(subject.folder, settings, init_mesh(subject.device), packed=subject.packed, seed=0)
+    model = build(subject, settings, init_mesh(subject.device), packed=subject.packed)
     causal_lm = model.module.causal_lm
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -454,7 +460,7 @@ def check_lora(subject: Subject, reference: Outcome) -> float:
 
 def check_export(subject: Subject, reference: Outcome) -> float:
     """Logits after an optimiser step, and those of transformers on what was exported."""
-    model = build_model(subject.folder, subject.plain, init_mesh(subject.device), packed=subject.packed, seed=0)
+    model = build(subject, subject.plain, init_mesh(subject.device), packed=subject.packed)
     documents = subject.documents
     loader = Loader(
         documents, train_batch_size=len(documents), token_budget=subject.tokens, pad_token_id=0,
