@@ -26,7 +26,7 @@ from fsdpsft.config import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import block_parts, experts, kernels, lora, rope
+from fsdpsft.model import block_parts, dropout, experts, kernels, lora, rope
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
@@ -131,7 +131,7 @@ def build_model(
     check_architecture(causal_lm, packed=packed)
     rope_limit = rope.rope_by_document(causal_lm, max_length=max_length)
     prove_head(causal_lm)
-    for remark in experts.remarks(causal_lm.config):
+    for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
     if settings.use_liger:
         kernels.apply_liger(causal_lm, mesh.device)

@@ -149,7 +149,7 @@ def _join(config: Config, data: TrainingData) -> Iterator[Run]:
     )  # fmt: skip
     run: Run | None = None
     try:
-        torch.manual_seed(t.seed)
+        torch.manual_seed(t.seed + mesh.rank)  # of dropout alone: processes must not drop the same places
         save_on_file = Path(t.save_on_file) if t.save_on_file else None
         with StopSignal(save_on_file, timedelta(seconds=t.timeout)) as requests:
             run = _build(config, data, mesh, requests)

@@ -27,6 +27,8 @@ from fsdpsft.errors import ConfigError
 from fsdpsft.model.attention import Attend, AttentionContext, AttentionSpec
 
 HALF = frozenset({torch.float16, torch.bfloat16})
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What model families call it in their configurations."""
 ANY_FLOAT = HALF | {torch.float32, torch.float64}
 
 outside_graph: Callable[[Attend], Attend] = torch.compiler.disable
@@ -85,7 +87,7 @@ def requirements(model: PreTrainedModel, device: torch.device | str, dtype: torc
         "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
         "sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
         "gqa": (getattr(config, "num_key_value_heads", None) or heads) != heads,
-        "dropout": (getattr(config, "attention_dropout", None) or 0.0) > 0,
+        "dropout": any((getattr(config, name, None) or 0.0) > 0 for name in ATTENTION_DROPOUT),
         "value_head_size": (getattr(config, "v_head_dim", None) or head_size) != head_size,
     }
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -213,6 +215,19 @@ def attend_flash_2(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context
     return _back_to_rows(flash_attn_varlen_func(*qkv, dropout_p=spec.dropout, **common), q.shape[0])
 
 
+def _refuse_dropout(name: str, spec: AttentionSpec) -> None:
+    """For a kernel without dropout: a family may have a name of its own for it, which ``requirements`` does not know.
+
+    Raises:
+        ConfigError: the layer asks for dropout.
+    """
+    if spec.dropout > 0:
+        raise ConfigError(
+            f"model.attn_implementation={name} has no dropout, and a layer of this model asks for {spec.dropout}. Set "
+            "model.attn_implementation=sdpa, or the dropout in the model's config.json to 0."
+        )
+
+
 @outside_graph
 def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
     """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. Needs CUDA: not run by the tests.
@@ -221,6 +236,7 @@ def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context
     """
     from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
 
+    _refuse_dropout("flash_attention_3", spec)
     qkv, common = _varlen_arguments(q, k, v, spec, context)
     result = flash_attn_varlen_func(*qkv, **common)
     return _back_to_rows(result[0] if isinstance(result, tuple) else result, q.shape[0])
@@ -244,6 +260,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context:
     """
     varlen_attn, known = _torch_varlen()
     assert varlen_attn is not None  # choose_backend has looked
+    _refuse_dropout("varlen", spec)
     options: dict[str, Any] = {}
     if "scale" in known:
         options["scale"] = spec.scaling
@@ -287,6 +304,7 @@ def _compiled_flex() -> Callable[..., Any]:
 @outside_graph
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
     """FlexAttention with a document, causal and window mask; compiled on CUDA; on CPU forward only."""
+    _refuse_dropout("flex", spec)
     cap = 0.0 if spec.softcap is None else spec.softcap
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

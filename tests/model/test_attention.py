@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,6 +294,59 @@ def test_requirements_are_read_from_the_model():
     assert requirements(tiny_model("gemma2"), "cpu", torch.float32).features == {"gqa", "sliding_window", "softcap"}
     oss = requirements(tiny_model("gpt_oss", num_key_value_heads=4), "cpu", torch.bfloat16)
     assert (oss.features, oss.head_size, oss.dtype) == ({"sliding_window", "sinks"}, 16, torch.bfloat16)
+
+
+DROPPING = {
+    "qwen2": {"attention_dropout": 0.5},
+    "gemma2": {"attention_dropout": 0.5, "attn_logit_softcapping": 20.0},  # attention written out
+    "phi3": {"attention_dropout": 0.5, "sliding_window": 3},
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_attention_dropout_is_honoured_in_training(name):
+    model = tiny_model(name, **DROPPING[name])
+    model.set_attn_implementation(IMPLEMENTATION)
+    assert "dropout" in requirements(model, "cpu", torch.float32).features
+    ids, positions = torch.arange(9)[None], torch.arange(9)[None]
+
+    @torch.no_grad()
+    def states(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return hidden_states(model)(ids, positions, context_of((9,)))
+
+    model.train()
+    assert torch.equal(states(0), states(0))
+    assert not torch.allclose(states(0), states(1))
+    model.eval()
+    assert torch.equal(states(0), states(1))
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_dropout_drops_the_share_asked_for_and_scales_up_the_rest(softcap):
+    """Averaged over many draws, attention is what it is without dropout; each weight is 0 or twice itself."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 4, 8) for _ in range(2))
+    v = torch.eye(4, 8)[None, None]  # the output is the attention weights themselves
+    spec = AttentionSpec(8**-0.5, softcap=softcap)
+    expected = attend_sdpa(q, k, v, spec, context_of((4,)))
+    draws = torch.stack([attend_sdpa(q, k, v, replace(spec, dropout=0.5), context_of((4,))) for _ in range(3000)])
+    kept = draws[..., :4] > 0
+    torch.testing.assert_close(draws[..., :4][kept], (2 * expected[..., :4]).expand_as(kept)[kept])
+    torch.testing.assert_close(draws.mean(0), expected, atol=0.06, rtol=0)
+
+
+def test_kernels_without_dropout_refuse_it_by_name(monkeypatch):
+    from fsdpsft.model import attention_backends
+
+    assert requirements(tiny_model("gpt2", head_dim=None), "cpu", torch.float32).features >= {"dropout"}  # attn_pdrop
+    q, k, v = random_qkv(4, 2, 9)
+    monkeypatch.setattr(attention_backends, "_torch_varlen", lambda: (None.__class__, frozenset()))
+    for attend, name in ((attend_flex, "flex"), (attend_varlen, "varlen")):
+        with pytest.raises(ConfigError, match=f"{name} has no dropout, and a layer of this model asks for 0.1"):
+            attend(q, k, v, AttentionSpec(1.0, dropout=0.1), context_of((9,)))
+    for name in ("flex", "varlen", "flash_attention_3"):
+        assert "it has no dropout" in objections(name, needs("dropout", device="cuda", dtype=torch.bfloat16))
 
 
 def test_choice_of_backend():
