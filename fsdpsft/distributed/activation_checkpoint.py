@@ -111,24 +111,32 @@ def _checkpointed(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # Tensors that a gradient goes back to must be arguments: what a closure holds no hook can send to the host.
-        names = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
-        inputs, others = [kwargs[name] for name in names], {k: v for k, v in kwargs.items() if k not in names}
-
-        def work(*given: Any) -> Any:
-            return forward(*given[: len(args)], **dict(zip(names, given[len(args) :], strict=True)), **others)
-
+        work, inputs = _closed_over_constants(forward, args, kwargs)
         with resting() if resting else nullcontext():
             if not keep:
-                return checkpoint(work, *args, *inputs, use_reentrant=False)
+                return checkpoint(work, *inputs, use_reentrant=False)
             results: _Results = deque()
             output = checkpoint(
-                work, *args, *inputs, use_reentrant=False, context_fn=lambda: (_Keep(results), _Reuse(results))
+                work, *inputs, use_reentrant=False, context_fn=lambda: (_Keep(results), _Reuse(results))
             )
         _forget_last(results, output)
         return output
 
     return run
+
+
+def _closed_over_constants(
+    forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Forward, list[Any]]:
+    """A function of what gradients go back to, and that: what a closure holds, no hook can send to the host."""
+    names = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    count = len(args)
+
+    def work(*given: Any) -> Any:
+        return forward(*given[:count], **dict(zip(names, given[count:], strict=True)), **others)
+
+    return work, [*args, *(kwargs[name] for name in names)]
 
 
 _Results = deque[tuple[Any, Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import pytest
@@ -254,6 +255,27 @@ def test_offload_copies_each_input_but_the_last_to_the_host(monkeypatch):
             attention_context=AttentionContext(torch.tensor([0, 4], dtype=torch.int32), (4,), 4, attend_sdpa),
         )  # fmt: skip
     assert len(rests) == 3
+
+
+@pytest.mark.parametrize("settings", [{"mode": "full"}, {"mode": "selective", "split": split}], ids=str)
+def test_offload_holds_no_input_on_the_device(monkeypatch, settings):
+    inputs = []
+    pack = activation_checkpoint.HostRest._pack
+
+    def watched(self, tensor):
+        inputs.append(weakref.ref(tensor.untyped_storage()))
+        return pack(self, tensor)
+
+    monkeypatch.setattr(activation_checkpoint.HostRest, "_pack", watched)
+    model = build(num_hidden_layers=4)
+    activation_checkpoint.apply(model.model.layers, offload=True, **settings)
+    ids, bounds = torch.arange(12)[None], torch.tensor([0, 12], dtype=torch.int32)
+    states = model.model(
+        input_ids=ids, attention_context=AttentionContext(bounds, (12,), 12, attend_sdpa), use_cache=False
+    )
+    assert len(inputs) >= 3
+    assert [reference() for reference in inputs] == [None] * len(inputs)
+    del states
 
 
 def test_what_cannot_be_done_is_refused():
