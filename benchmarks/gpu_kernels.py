@@ -1,4 +1,4 @@
-"""Parts of the GPU check that look at one kernel at a time: the gate of attention backends, attention, the head."""
+"""Sections of the GPU check that look at one kernel at a time: the gate of attention backends, attention, the head."""
 
 from __future__ import annotations
 
@@ -79,6 +79,16 @@ def _judge(
     return {"loss_error": of_loss, "gradient_error": of_gradient, "passed": passed}
 
 
+def ceiling(check: Check) -> dict[str, float]:
+    """What the device itself reaches: one large bfloat16 product and one large copy. On random data, as zeros cheat."""
+    size = 256 if check.tiny else 8192
+    a, b = (torch.randn(size, size, device=check.device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(1 << (16 if check.tiny else 29), device=check.device)
+    target = torch.empty_like(source)
+    product, copy = check.seconds(lambda: a @ b, 10), check.seconds(lambda: target.copy_(source), 10)
+    return {"matmul_tflops": 2 * size**3 / product / 1e12, "copy_tb_per_s": 2 * source.nbytes / copy / 1e12}
+
+
 def attention(check: Check) -> dict[str, Any]:
     """Forward and backward of each backend at head sizes 64 and 128; causal operations per second."""
     batch = _batch(check.tiny, 16384)
@@ -119,6 +129,7 @@ def head(check: Check) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     cases = TINY_CASES if check.tiny else CASES
+    torch.manual_seed(0)
     for name in ("0.5B", "7B"):
         positions = 90 if check.tiny else 5734
         width = int(MODELS[cases[name].model]["hidden_size"])
@@ -196,8 +207,8 @@ def _time_head(
 ) -> dict[str, Any]:
     loss = variant()
     gradient = torch.autograd.grad(loss, wanted)[0]
-    # torch's own returns its sum in bfloat16, which has eight bits
-    judged = _judge((float(loss.detach()), gradient), expected, 2**-7 if loss.dtype == torch.bfloat16 else 3e-3, 3e-2)
+    # torch's own adds its sum up in bfloat16, which has eight bits; its gradients are as good as any
+    judged = _judge((float(loss.detach()), gradient), expected, 2**-6 if loss.dtype == torch.bfloat16 else 3e-3, 3e-2)
     if not judged["passed"]:
         return {**judged, "error": "another loss or gradient than that of full logits in float32"}
     del loss, gradient
