@@ -190,7 +190,8 @@ class ChatTemplate:
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
-        self._firsts = sorted({text[0] for text in self.tokens.special})
+        firsts = {re.escape(text[0]) for text in self.tokens.special}
+        self._firsts = re.compile(f"[{''.join(sorted(firsts))}]" if firsts else "(?!)")
         self._hidden = re.compile(f"{self.tokens.special_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
@@ -355,7 +356,7 @@ class ChatTemplate:
 def _prepared(message: Message) -> Message:
     """A message as ``apply_chat_template`` hands it on: no nulls, plain types, reasoning by all its names."""
     kept = {key: value for key, value in message.items() if value is not None}
-    if all(type(value) is str for value in kept.values()) and not kept.keys() & _REASONING:
+    if set(map(type, kept.values())) == {str} and kept.keys().isdisjoint(_REASONING):
         return kept
     plain, alias = (
         getattr(chat_template_utils, name, None) for name in ("_plain_template_data", "_alias_reasoning_fields")

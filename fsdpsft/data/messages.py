@@ -188,20 +188,20 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
         raise fault("wrong type", column, "a message must be an object with a role and content", "mend the row", raw)
     given = {key: value for key, value in raw.items() if value is not None}
     role_key, content_key, style = _keys_of(given, column, keys)
-    role = _role(given[role_key], f"{column}.{role_key}", keys.roles)
+    role = _role(given[role_key], column, role_key, keys.roles)
     entries: dict[str, Any] = {"role": "assistant" if role == "function_call" else role}
     text, reasoning = _content(given, content_key, column, role)
     calls = _calls(given, content_key, column, role, text)
     entries["content"] = "" if role == "function_call" else text
-    reasoning = _reasoning(given, column, reasoning)
+    if not given.keys().isdisjoint(_REASONING):
+        reasoning = _reasoning(given, column, reasoning)
     for name, value in (("reasoning_content", reasoning), ("tool_calls", calls)):
         if value:
             if entries["role"] != "assistant":
                 raise fault("wrong type", column, f"{name} in a message of role {role}", "only the assistant has it")
             entries[name] = value
-    known = {role_key, content_key, "role", "content"} | _CONTROL
     for key, value in given.items():
-        if key not in known:
+        if key not in _CONTROL and key not in (role_key, content_key, "role", "content"):
             entries[text_of(key, column)] = plain(value, f"{column}.{key}")
     return Message(entries, style, _train(given, column, entries["role"]), _weight(given, column))
 
@@ -219,7 +219,7 @@ def _keys_of(given: dict[str, Any], column: str, keys: MessageKeys) -> tuple[str
     return role_key, content_key, style
 
 
-def _role(value: Any, column: str, names: Mapping[str, str]) -> str:
+def _role(value: Any, column: str, key: str, names: Mapping[str, str]) -> str:
     if isinstance(value, str):
         role = names.get(value) or ROLES.get(value)
         if role is not None:
@@ -227,12 +227,14 @@ def _role(value: Any, column: str, names: Mapping[str, str]) -> str:
     known = sorted({*names, *ROLES})
     close = difflib.get_close_matches(value[:40], known, n=1) if isinstance(value, str) else []
     meant = f"did you mean {close[0]}? Known are " if close else "known are "
-    raise fault("unknown role", column, "unknown role", meant + ", ".join(known), value)
+    raise fault("unknown role", f"{column}.{key}", "unknown role", meant + ", ".join(known), value)
 
 
 def _content(given: dict[str, Any], key: str, column: str, role: str) -> tuple[str, str]:
     """(text, reasoning found in typed parts)."""
     value = given.get(key)
+    if isinstance(value, str) and value.isascii():
+        return value, ""
     where = f"{column}.{key}"
     if isinstance(value, str):
         return text_of(value, where), ""

@@ -11,10 +11,9 @@ Sandbox, filters, extensions and globals are those of transformers: its own envi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -38,8 +37,7 @@ RESERVED = "[\U00100000-\U0010ffff]"
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A rendered conversation.
 
     Attributes:
@@ -97,10 +95,10 @@ class _Marking(NodeTransformer):
         if not (isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support"):
             return self._visit_catcher(node)
         self.has_blocks = True
-        self.generic_visit(node)  # a generation block prints its body as it is
+        self.generic_visit(node)
         begin, end = nodes.TemplateData(f"{_OPEN}+{_CLOSE}"), nodes.TemplateData(f"{_OPEN}-{_CLOSE}")
-        node.body = [nodes.Output([begin]), *node.body, nodes.Output([end])]
-        return node
+        # A generation block prints its body as it is; printed here, it takes no call.
+        return nodes.Scope([nodes.Output([begin]), *node.body, nodes.Output([end])])
 
 
 def _print_call(function: str, arguments: list[nodes.Expr]) -> nodes.Output:
@@ -210,13 +208,14 @@ class JinjaTemplate:
 def _parse(raw: str) -> Rendered:
     """Take the markers out of a render. Loops nest: the innermost one that has a message owns the text."""
     pieces = _MARKER.split(raw)  # text, marker, text, marker, ..., text
-    stack: list[tuple[int, int]] = []  # (loop, message)
+    loops: list[str] = []  # those that are open, outermost first,
+    owners: list[int] = []  # and the message of each
     segments: list[tuple[int, int, int]] = []
     blocks: list[tuple[int, int]] = []
     position = block_start = 0
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
-            owner = stack[-1][1] if stack else -1
+            owner = owners[-1] if owners else -1
             if piece and owner >= 0:
                 joined = segments and segments[-1][0] == owner and segments[-1][2] == position
                 start = segments.pop()[1] if joined else position
@@ -228,10 +227,12 @@ def _parse(raw: str) -> Rendered:
             blocks.append((block_start, position))
         else:
             loop, _, message = piece.partition(",")
-            depth = next((d for d, (other, _) in enumerate(stack) if other == int(loop)), len(stack))
-            del stack[depth:]
+            if loop in loops:
+                depth = loops.index(loop)
+                del loops[depth:], owners[depth:]
             if message:
-                stack.append((int(loop), int(message)))
+                loops.append(loop)
+                owners.append(int(message))
     return Rendered("".join(pieces[::2]), tuple(segments), tuple(blocks))
 
 
@@ -242,16 +243,16 @@ class Hiding:
 
     Args:
         pattern: matches what to hide.
-        firsts: the characters that ASCII matches begin with.
+        firsts: matches the characters that ASCII matches begin with.
 
     Attributes:
         originals: placeholder -> text it stands for.
         count: how many occurrences were replaced.
     """
 
-    def __init__(self, pattern: re.Pattern[str], firsts: Collection[str]) -> None:
+    def __init__(self, pattern: re.Pattern[str], firsts: re.Pattern[str]) -> None:
         """Hide nothing yet; see the class."""
-        self._firsts = firsts
+        self._any_first = firsts.search
         self._pattern = pattern
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
@@ -271,9 +272,9 @@ class Hiding:
     def hide(self, value: Any) -> Any:
         """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
         if isinstance(value, str):
-            if value.isascii() and not any(first in value for first in self._firsts):
-                return value  # what nearly all strings are, found without a regular expression
-            return self._pattern.sub(self._replace, value)
+            if not value.isascii() or self._any_first(value):
+                return self._pattern.sub(self._replace, value)
+            return value  # what nearly all strings are, found without a regular expression
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -9,9 +9,8 @@ before anything else, so only the few characters between it and ``c`` are tokeni
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -20,35 +19,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from fsdpsft.data.pretoken_cuts import trie_pattern
+from fsdpsft.data.pretokens import PreTokenizer
 from fsdpsft.errors import ModelError, RowError
 
 Ids: TypeAlias = NDArray[np.uint32]
 
 _UNSPELLABLE = "special token in content"
 _WINDOW = 192  # how far back a special token is looked for; a generation prompt is shorter
-
-
-def trie_pattern(words: Iterable[str]) -> str:
-    """A regular expression for the longest of ``words``, factored by common prefixes so that thousands stay fast."""
-    root: dict[str, dict] = {}  # type: ignore[type-arg]
-    for word in words:
-        node = root
-        for character in word:
-            node = node.setdefault(character, {})
-        node[""] = {}
-
-    def build(node: dict[str, dict]) -> str:  # type: ignore[type-arg]
-        branches = []
-        while len(node) == 1 and "" not in node:  # a run without forks needs no group
-            character, node = next(iter(node.items()))
-            branches.append(re.escape(character))
-        run = "".join(branches)
-        if not any(node):
-            return run
-        choices = "|".join(re.escape(character) + build(child) for character, child in node.items() if character)
-        return f"{run}(?:{choices})" + ("?" if "" in node else "")
-
-    return build(root) if root else "(?!)"
 
 
 class SpanTokenizer:
@@ -75,6 +53,7 @@ class SpanTokenizer:
             )
         source = tokenizer.backend_tokenizer.to_str()
         self._backend = _clean(source)
+        self._table = PreTokenizer.of(self._backend)
         self._source = source
         decoder = self._backend.get_added_tokens_decoder()
         added = {token.content: (token_id, token.special) for token_id, token in decoder.items()}
@@ -93,16 +72,18 @@ class SpanTokenizer:
         return str(self._source)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise texts without adding special tokens. Each is tokenised once, by all the backend's threads.
+        """Tokenise texts without adding special tokens, each once: by table, or else by all the backend's threads.
 
         Raises:
             RowError: a text is not valid Unicode; callers name the row by trying one at a time.
         """
+        known = [None if self._table is None else self._table.encode(text) for text in texts]
+        others = [text for text, ids in zip(texts, known, strict=True) if ids is None]
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = iter(self._backend.encode_batch_fast(others, add_special_tokens=False) if others else ())
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate, from an escape in JSON
             raise RowError("the text holds a lone surrogate (half a character)", "not valid Unicode") from error
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return [np.array(next(encodings).ids, dtype=np.uint32) if ids is None else ids for ids in known]
 
     def encode(self, text: str) -> Ids:
         """Tokenise one text."""
@@ -180,16 +161,16 @@ class SpanTokenizer:
         if anchor is None:
             return None
         name, start = anchor.group(), anchor.start()
-        places = np.flatnonzero(ids == self.special[name])
+        (places,) = (ids == self.special[name]).nonzero()
         if len(places) != text.count(name):
             return None
         tail = self._tail(text[start:position])
         first = int(places[text.count(name, 0, start)])
-        after = first + len(tail)
-        return after if np.array_equal(ids[first:after], tail) else None
+        after = first + len(tail) // ids.itemsize
+        return after if ids[first:after].tobytes() == tail else None
 
-    def _encode_uncached(self, text: str) -> Ids:
-        return self.encode(text)
+    def _encode_uncached(self, text: str) -> bytes:
+        return self.encode(text).tobytes()
 
     def stop_at_end(self, text: str) -> tuple[int, str] | None:
         """(end, token text) of the stop token that ends ``text``, whitespace after it aside; None if there is none."""
@@ -207,8 +188,8 @@ class SpanTokenizer:
 
 def _clean(source: str) -> Tokenizer:
     """A backend of our own: no truncation, no padding, special tokens recognised in text."""
-    settings = json.loads(source)
-    settings["truncation"] = settings["padding"] = None
-    backend = Tokenizer.from_str(json.dumps(settings))
+    backend = Tokenizer.from_str(source)
+    backend.no_truncation()
+    backend.no_padding()
     backend.encode_special_tokens = False
     return backend

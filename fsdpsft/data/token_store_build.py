@@ -10,6 +10,7 @@ version. When any of it changes, another store is built; the old one stays valid
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -238,6 +239,7 @@ def _run_in_processes(job: Job, workers: int, bar: Any) -> list[Tally]:
     # is not safe with the system's libraries.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done_rows = context.Value("q", 0)
+    gc.freeze()  # so that collections in the forked processes do not touch, and thereby copy, what they share
     with (
         _single_threaded_tokenizers(),
         ProcessPoolExecutor(
@@ -255,6 +257,7 @@ def _run_in_processes(job: Job, workers: int, bar: Any) -> list[Tally]:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            gc.unfreeze()
 
 
 def _watch(futures: Sequence[Future[Tally]], show: Callable[[], None]) -> None:

@@ -218,7 +218,7 @@ class Job:
 
     def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded]) -> None:
         """Add a row's samples, as far as they may stay."""
-        if not any(np.any(sample.loss_weights[1:] > 0) for sample in samples):
+        if not any(_is_trained(sample.loss_weights) for sample in samples):
             raise RowError(
                 f"{row.where}: no token of it is trained (no assistant message, an empty one, or all of them marked "
                 f"train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
@@ -229,7 +229,7 @@ class Job:
             kept = truncate(sample, self.options, row)
             cut = len(sample.input_ids) > self.options.max_length
             reason = TOO_LONG if kept is None else NOTHING_LEFT if cut else NO_TRAINED_TOKEN
-            if kept is None or not np.any(kept[1][1:] > 0):
+            if kept is None or not _is_trained(kept[1]):
                 tally.dropped[reason] += 1
                 tally.note(f"{row.where}: dropped, {reason} ({len(sample.input_ids)} tokens)")
                 continue
@@ -268,6 +268,11 @@ def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[
         f"data.truncation=left, right or drop",
         TOO_LONG,
     )
+
+
+def _is_trained(loss_weights: NDArray[Any]) -> bool:
+    """Whether any token has a weight that some position before it can learn from. Weights are never negative."""
+    return bool(np.count_nonzero(loss_weights[1:]))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

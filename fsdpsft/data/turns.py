@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdpsft.data.rendering import JinjaTemplate, Message, Rendered
 from fsdpsft.data.token_spans import SpanTokenizer
@@ -20,8 +19,7 @@ _PROBE = "probe of the reply"
 _THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Trained characters ``[start, end)`` of a text.
 
     Attributes:
@@ -42,8 +40,7 @@ class Span:
     closes: bool
 
 
-@dataclass(frozen=True)
-class TemplateText:
+class TemplateText(NamedTuple):
     """A text to tokenise and the spans of it that are trained, in order.
 
     Attributes:
@@ -55,15 +52,14 @@ class TemplateText:
     messages: int
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A render that ends with assistant message ``index``: prompt, reply up to the stop token, the rest.
+class _Turn(NamedTuple):
+    """A render that ends with assistant message ``message``: prompt, reply up to the stop token, the rest.
 
     Attributes:
         header_start: where the message's own text begins (its role header); None where the template's loops don't say.
     """
 
-    index: int
+    message: int
     rendered: Rendered
     header_start: int | None
     prompt_end: int
@@ -202,11 +198,12 @@ class TurnProver:
         found = self._tokens.stop_at_end(text[turn.prompt_end : region_end])
         if found is not None:
             end, stop = turn.prompt_end + found[0], found[1]
-            before = self._tokens.stop_at_end(text[turn.prompt_end : end - len(stop)])
-            if turn.header_start is None and before is not None:
-                raise refuse(
-                    turn.index, f"it ends with two stop tokens, {before[1]!r} and {stop!r}; which ends the turn?"
-                )
+            if turn.header_start is None:
+                before = self._tokens.stop_at_end(text[turn.prompt_end : end - len(stop)])
+                if before is not None:
+                    raise refuse(
+                        turn.message, f"it ends with two stop tokens, {before[1]!r} and {stop!r}; which ends the turn?"
+                    )
             rendered = turn.rendered
         else:
             stop = self._tokens.special_at(text, region_end) or self._borrowed_stop(turn, messages, variables)
@@ -214,14 +211,14 @@ class TurnProver:
             rendered = turn.rendered
             if not text.startswith(stop, region_end):
                 rendered = Rendered(text[:region_end] + stop, rendered.segments, rendered.blocks)
-        closed = _Turn(turn.index, rendered, turn.header_start, turn.prompt_end, end, stop)
+        closed = turn._replace(rendered=rendered, reply_end=end, stop=stop)
         if closed.reply.count(stop) > 1:
-            raise refuse(turn.index, f"its stop token {stop!r} occurs within the turn, where generation would end")
+            raise refuse(turn.message, f"its stop token {stop!r} occurs within the turn, where generation would end")
         return closed
 
     def _borrowed_stop(self, turn: _Turn, messages: Sequence[Message], variables: Variables) -> str:
         """The stop token of a turn that the template does not close: the special token that opens the next message."""
-        index, end = turn.index, turn.reply_end
+        index, end = turn.message, turn.reply_end
         # Without its thoughts, so that the next message cannot make the template rewrite the turn.
         message = {key: value for key, value in messages[index].items() if key not in _THOUGHTS}
         if isinstance(message.get("content"), str):
@@ -253,7 +250,7 @@ class TurnProver:
         names = [call["name"] for call in calls if isinstance(call, dict) and "name" in call]
         for text in [*(str(part).rpartition("</think>")[2].strip() for part in parts), *map(str, names)]:
             if text not in turn.reply:
-                raise refuse(turn.index, f"the template does not print {_excerpt(text)} of the message as it is")
+                raise refuse(turn.message, f"the template does not print {_excerpt(text)} of the message as it is")
 
     def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
         exact = whole is turn.rendered or whole.text.startswith(turn.rendered.text[: turn.reply_end])
@@ -262,28 +259,28 @@ class TurnProver:
         if self.template.has_blocks:
             pieces = [(max(start, a), min(end, b)) for a, b in whole.blocks if max(start, a) < min(end, b)]
             if not pieces or pieces[-1][1] != end:
-                raise refuse(turn.index, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
-        return tuple(Span(turn.index, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces)
+                raise refuse(turn.message, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
+        return tuple(Span(turn.message, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces)
 
     def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
         """(start, end) of a reply in a conversation whose history the template has rewritten."""
         remedy = "; use data.history=per_turn, or train only the last turn"
-        segments = whole.owned(turn.index)
+        segments = whole.owned(turn.message)
         if turn.header_start is None or len(segments) != 1:
             raise refuse(
-                turn.index, "once others follow, the template rewrites the turn and does not show where" + remedy
+                turn.message, "once others follow, the template rewrites the turn and does not show where" + remedy
             )
         header = turn.rendered.text[turn.header_start : turn.prompt_end]
         start = segments[0][0] + len(header)
         if not whole.text.startswith(header, segments[0][0]):
             raise refuse(
-                turn.index,
+                turn.message,
                 f"once others follow, the template prints it without the generation prompt {_excerpt(header)}" + remedy,
             )
         end = whole.text.find(turn.stop, start, segments[0][1] + len(turn.stop)) + len(turn.stop)
         if end < start or not _is_cut(whole.text[start:end], turn.reply):
             raise refuse(
-                turn.index,
+                turn.message,
                 f"once others follow, the template no longer prints the reply that ends with {turn.stop!r}, but "
                 f"{_excerpt(whole.text[start : segments[0][1]])}" + remedy,
             )
