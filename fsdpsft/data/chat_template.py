@@ -190,8 +190,7 @@ class ChatTemplate:
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
-        firsts = {re.escape(text[0]) for text in self.tokens.special}
-        self._firsts = re.compile(f"[{''.join(sorted(firsts))}]" if firsts else "(?!)")
+        self._firsts = sorted({text[0] for text in self.tokens.special})
         self._hidden = re.compile(f"{self.tokens.special_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:

@@ -27,7 +27,6 @@ Message = dict[str, Any]
 # The upper end of the last private-use plane is ours. Text that holds such a character is replaced by a placeholder
 # before rendering (see ``Hiding``), so that no content can pose as a marker.
 _OPEN, _CLOSE = "\U0010f000", "\U0010f001"
-_MARKER = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _BEGIN, _END = "_fsdpsft_begin", "_fsdpsft_end"
 _UNPROVABLE = "loss mask not provable"
 _PLACEHOLDERS = range(0x100000, 0x10F000)
@@ -207,33 +206,35 @@ class JinjaTemplate:
 
 def _parse(raw: str) -> Rendered:
     """Take the markers out of a render. Loops nest: the innermost one that has a message owns the text."""
-    pieces = _MARKER.split(raw)  # text, marker, text, marker, ..., text
+    plain, *marked = raw.split(_OPEN)
+    texts = [plain]
     loops: list[str] = []  # those that are open, outermost first,
     owners: list[int] = []  # and the message of each
     segments: list[tuple[int, int, int]] = []
     blocks: list[tuple[int, int]] = []
-    position = block_start = 0
-    for index, piece in enumerate(pieces):
-        if index % 2 == 0:
-            owner = owners[-1] if owners else -1
-            if piece and owner >= 0:
-                joined = segments and segments[-1][0] == owner and segments[-1][2] == position
-                start = segments.pop()[1] if joined else position
-                segments.append((owner, start, position + len(piece)))
-            position += len(piece)
-        elif piece == "+":
+    position, block_start = len(plain), 0
+    for piece in marked:
+        marker, _, text = piece.partition(_CLOSE)
+        if marker == "+":
             block_start = position
-        elif piece == "-":
+        elif marker == "-":
             blocks.append((block_start, position))
         else:
-            loop, _, message = piece.partition(",")
+            loop, _, message = marker.partition(",")
             if loop in loops:
                 depth = loops.index(loop)
                 del loops[depth:], owners[depth:]
             if message:
                 loops.append(loop)
                 owners.append(int(message))
-    return Rendered("".join(pieces[::2]), tuple(segments), tuple(blocks))
+        if text:
+            start, position = position, position + len(text)
+            texts.append(text)
+            if owners and owners[-1] >= 0:
+                if segments and segments[-1][0] == owners[-1] and segments[-1][2] == start:
+                    start = segments.pop()[1]
+                segments.append((owners[-1], start, position))
+    return Rendered("".join(texts), tuple(segments), tuple(blocks))
 
 
 class Hiding:
@@ -243,16 +244,16 @@ class Hiding:
 
     Args:
         pattern: matches what to hide.
-        firsts: matches the characters that ASCII matches begin with.
+        firsts: the characters that ASCII matches begin with.
 
     Attributes:
         originals: placeholder -> text it stands for.
         count: how many occurrences were replaced.
     """
 
-    def __init__(self, pattern: re.Pattern[str], firsts: re.Pattern[str]) -> None:
+    def __init__(self, pattern: re.Pattern[str], firsts: Sequence[str]) -> None:
         """Hide nothing yet; see the class."""
-        self._any_first = firsts.search
+        self._firsts = firsts
         self._pattern = pattern
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
@@ -272,14 +273,19 @@ class Hiding:
     def hide(self, value: Any) -> Any:
         """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
         if isinstance(value, str):
-            if not value.isascii() or self._any_first(value):
-                return self._pattern.sub(self._replace, value)
-            return value  # what nearly all strings are, found without a regular expression
+            return self._pattern.sub(self._replace, value) if self._may_match(value) else value
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.hide(item) for item in value]
         return value
+
+    def _may_match(self, text: str) -> bool:
+        """False for nearly all strings, found without a regular expression."""
+        for first in self._firsts:
+            if first in text:
+                return True
+        return not text.isascii()
 
     def restore(self, text: str) -> str:
         """``text`` with the hidden strings back in place."""
