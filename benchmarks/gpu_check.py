@@ -90,7 +90,7 @@ def longest(check: Check) -> dict[str, Any]:
             found["ended by"] = "memory" if "OutOfMemory" in found[str(length)]["error"] else "an error"
             break
         seconds = found[str(length)]["seconds"]
-    return {**found, **_longest_that_fits(found, check.device)}
+    return {**found, **longest_that_fits(found, check.device)}
 
 
 def _one_sequence(check: Check, model: Any, optimizer: Any, vocabulary: int, length: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _one_sequence(check: Check, model: Any, optimizer: Any, vocabulary: int, len
     return {"seconds": seconds, "tokens_per_s": length / seconds, "peak_gib": check.peak_gib(), "loss": loss}
 
 
-def _longest_that_fits(found: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def longest_that_fits(found: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The longest that ran, and on a GPU the straight line through the memory of the last two."""
     ran = sorted(int(key) for key, row in found.items() if key.isdigit() and "error" not in row)
     result: dict[str, Any] = {"trained": ran[-1] if ran else None}

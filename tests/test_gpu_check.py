@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AttentionInterface
 
 from benchmarks import gpu_check, gpu_contenders
 from benchmarks.gpu_contenders import PADDING_FREE, Contender, Session, compare, contenders, gate_error
-from benchmarks.gpu_work import CASES, DEVICE_ROWS, TINY_CASES, Check, count_trained, draw_work, step_flops
+from benchmarks.gpu_work import CASES, DEVICE_ROWS, TINY_CASES, Check, StepClock, count_trained, draw_work, step_flops
 from fsdpsft.model.attention import AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS
 
@@ -84,6 +85,54 @@ def test_a_lost_device_costs_one_section(tmp_path: Path, check: Check, monkeypat
     check.results = {"environment": {"gpu": None}}
     assert gpu_check.run_sections(check, ["gate", "head", "7B"], float("inf")) == ["head", "7B"]
     assert json.loads(check.out.read_text())["gate"]["passed"]
+
+
+def test_after_a_lost_device_the_rest_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(gpu_check, "run_sections", lambda check, names, deadline: list(names[1:]))
+    monkeypatch.setattr(gpu_check.os, "execv", lambda program, arguments: started.append(arguments))
+    out = tmp_path / "check.json"
+    gpu_check.main(["--tiny", "--device", "cpu", "--out", str(out), "--only", "head", "0.5B", "longest"])
+    again = gpu_check.parse(started[0][3:])
+    assert started[0][1:3] == ["-m", "benchmarks.gpu_check"]
+    assert (again.only, again.add, again.out, again.tiny, again.device) == (["0.5B", "longest"], True, out, True, "cpu")
+    assert 8.9 < again.minutes <= 9
+
+
+def test_without_a_gpu_it_says_how_to_try_the_code(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "--tiny --device cpu" in capsys.readouterr().out
+
+
+def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.milliseconds = -1.0
+
+        def record(self) -> None:
+            self.milliseconds = next(times)
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.milliseconds - self.milliseconds
+
+    times = iter([0.0, 1500.0, 2000.0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(3):
+        clock.mark()
+    assert clock.seconds() == [1.5, 0.5]
+
+
+def test_the_longest_sequence_that_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = SimpleNamespace(total_memory=100 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    found = {"16384": {"peak_gib": 30.0}, "32768": {"peak_gib": 40.0}, "65536": {"error": "OutOfMemoryError"}}
+    expected = {"trained": 32768, "would fit by memory (extrapolated)": 32768 + int(55 * 16384 / 10)}
+    assert gpu_check.longest_that_fits(found, torch.device("cuda")) == expected
+    assert gpu_check.longest_that_fits({}, torch.device("cuda")) == {"trained": None}
 
 
 def test_targets_are_judged_on_an_h200_alone() -> None:
