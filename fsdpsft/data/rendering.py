@@ -227,13 +227,12 @@ def _parse(raw: str) -> Rendered:
             if message:
                 loops.append(loop)
                 owners.append(int(message))
-        if text:
-            start, position = position, position + len(text)
-            texts.append(text)
-            if owners and owners[-1] >= 0:
-                if segments and segments[-1][0] == owners[-1] and segments[-1][2] == start:
-                    start = segments.pop()[1]
-                segments.append((owners[-1], start, position))
+        texts.append(text)
+        start, position = position, position + len(text)
+        if text and owners and owners[-1] >= 0:
+            if segments and segments[-1][0] == owners[-1] and segments[-1][2] == start:
+                start = segments.pop()[1]
+            segments.append((owners[-1], start, position))
     return Rendered("".join(texts), tuple(segments), tuple(blocks))
 
 
