@@ -15,7 +15,7 @@ query heads and of all key or value heads), and what is made again then:
                  their own: while one is made again and passed back, nothing of the other is alive
     full         the block's input, T D; the whole block is made again, but for its last product. Two units would keep
                  T D more for each block to save the smaller one's intermediates once, which is worse in all but the
-                 shallowest models
+                 shallowest models (measured). Not so where kept inputs rest in host memory: then there are two
     mlp_tiles    the inputs of attention and of the MLP, 2 T D; with ``selective`` also what it keeps of attention.
                  Never more than one tile of the MLP's intermediates
 
@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def apply(
     units: list[nn.Module] = []
     for block in blocks:
         mlp = _plain_mlp(block, mlp_tiles) if mlp_tiles > 1 else None
-        parts = list(split(block) or ()) if mode == "selective" or mlp is not None else []
+        parts = list(split(block) or ()) if mode == "selective" or offload or mlp is not None else []
         parts = parts or ([block] if mlp is None else list(block.children()))
         for part in parts:
             prepare(part)
@@ -182,6 +182,7 @@ class _Reuse(_Unit):  # type: ignore[no-untyped-call]
         return result
 
 
+@cache
 def _is_costly(op: Any) -> bool:
     if isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
         return False  # the result is where its caller wants it, not what it returns

@@ -25,7 +25,8 @@ VARIANTS = {
     "selective": {"mode": "selective", "split": split},
     "selective, whole blocks": {"mode": "selective"},
     "full": {"mode": "full"},
-    "full+offload": {"mode": "full", "offload": True},
+    "full+offload": {"mode": "full", "offload": True, "split": split},
+    "full+offload, whole blocks": {"mode": "full", "offload": True},
     "selective+offload": {"mode": "selective", "offload": True, "split": split},
     "tiles": {"mode": "none", "mlp_tiles": 4, "split": split},
     "selective+tiles": {"mode": "selective", "mlp_tiles": 4, "split": split},
@@ -245,7 +246,7 @@ def test_offload_copies_each_input_but_the_last_to_the_host(monkeypatch):
     step(model)
     assert rests == [(1, sum(SEQLENS), 64)] * 3
     parts = build(num_hidden_layers=2)
-    activation_checkpoint.apply(parts.model.layers, "selective", offload=True, split=split)
+    activation_checkpoint.apply(parts.model.layers, "full", offload=True, split=split)
     step(parts)
     assert rests == [(1, sum(SEQLENS), 64)] * 6  # attention and MLP of two blocks, but for the last
     del rests[3:]
