@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
 DEVICE_BATCH = 8  # rows of a forward pass where the trainer counts in rows: transformers' and TRL's default
@@ -31,9 +31,15 @@ GATE_STEPS = 2
 
 
 class Clock:
-    """Wall and processor time at the end of each step, and the step's loss."""
+    """Wall and processor time at the end of each step, and the step's loss.
+
+    Attributes:
+        peak_bytes: the process's peak memory until the end of the last step. What comes after (we save the model, the
+            others do not) is not counted.
+    """
 
     def __init__(self) -> None:
+        self.peak_bytes = 0
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.losses: list[float] = []
@@ -46,16 +52,17 @@ class Clock:
             torch.cuda.synchronize()
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
+        self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            self.peak_bytes = torch.cuda.max_memory_reserved()
 
     def report(self) -> dict[str, Any]:
-        """Seconds of each step, losses, and the process's peak memory."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_reserved()
+        """Seconds of each step, losses, and the peak memory."""
         return {
             "seconds": [b - a for a, b in pairwise(self.wall)],
             "cpu_seconds": [b - a for a, b in pairwise(self.cpu)],
-            "losses": self.losses, "tokens": self.tokens, "trained": self.trained, "peak_bytes": peak,
+            "losses": self.losses, "tokens": self.tokens, "trained": self.trained,
+            "peak_bytes": self.peak_bytes,
         }  # fmt: skip
 
 
@@ -86,6 +93,9 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is over."""
         self.clock.tick()
+
+
+# A trainer is imported by the contender that uses it: what it brings counts as that contender's memory alone.
 
 
 def common_arguments(folder: Path, dtype: str, work: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +134,8 @@ def watch_losses(trainer: Any, clock: Clock, parts_of_step: int) -> None:
 
 def load_causal_lm(folder: Path) -> nn.Module:
     """The model as transformers loads it, in float32."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)  # type: ignore[no-any-return]
 
 
@@ -198,6 +210,7 @@ def _step_loader(trainer: Any, parts: list[Any]) -> Any:
 def run_flattening(folder: Path, dtype: str, work: dict[str, Any], clock: Clock) -> None:
     """transformers' Trainer with its flattening collator."""
     from datasets import Dataset
+    from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
     arguments = TrainingArguments(**common_arguments(folder, dtype, work))
     trainer = Trainer(

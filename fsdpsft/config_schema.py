@@ -99,7 +99,7 @@ class ModelConfig:
     attn_implementation: str
     compile: bool
     dtype: str
-    head_chunk_tokens: int
+    head_chunk_tokens: int | None
     trim_last_block: bool
     lora_rank: int
     lora_alpha: int

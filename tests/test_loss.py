@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
+from fsdpsft.testing import PeakMemory
 
 
 def slow_loss(
@@ -81,3 +82,36 @@ def test_evaluation_needs_no_gradient() -> None:
     assert loss.item() == pytest.approx(
         slow_loss(hidden, weight, None, targets, weights, HeadFormula())[0].item(), rel=1e-5
     )
+
+
+def test_gradients_are_scaled_in_float32() -> None:
+    """Rounded to bfloat16, 1 / 1535 is off by a thousandth, and with it each gradient; so the factor stays float32."""
+    grads = []
+    for divisor in (1.0, 1535.0):
+        (hidden, weight, _), targets, weights = inputs(torch.bfloat16, False)
+        loss, _ = cross_entropy_sum(hidden, weight, None, targets, weights, chunk_size=10)
+        (loss / divisor).backward()
+        grads.append(hidden.grad)
+    whole, divided = grads
+    assert torch.equal(divided, (whole.float() / 1535.0).bfloat16())
+
+
+def test_the_head_gradient_is_handed_over_without_a_copy() -> None:
+    """A copy of it would be as large as the head: the parameter's gradient is the very memory it was added up in."""
+    (hidden, weight, _), targets, weights = inputs(torch.float32, False)
+    loss, _ = cross_entropy_sum(hidden, weight, None, targets, weights)
+    made = loss.grad_fn.gradients.weight.data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == made
+
+
+def test_no_chunk_asks_for_memory_of_its_own() -> None:
+    """The peak is that of one chunk, however many there are."""
+    peaks = []
+    for positions in (8, 80):
+        (hidden, weight, _), targets, weights = inputs(torch.bfloat16, True, positions)
+        weight, wide = weight.detach(), torch.zeros(20_000, 16, dtype=torch.bfloat16, requires_grad=True)
+        with PeakMemory() as memory:
+            cross_entropy_sum(hidden, wide, None, targets, weights, chunk_size=8)
+        peaks.append(memory.peak)
+    assert peaks[1] < 1.05 * peaks[0]

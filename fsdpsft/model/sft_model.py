@@ -47,10 +47,10 @@ class SFTModel(nn.Module):
 
     Args:
         causal_lm: any ``AutoModelForCausalLM`` whose head ``model/head.py`` knows.
-        head_chunk_tokens: trained positions whose logits exist at one time.
+        head_chunk_tokens: trained positions whose logits exist at one time; None: as the device is best served.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, head_chunk_tokens: int = 4096) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, head_chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.head = head_of(causal_lm)

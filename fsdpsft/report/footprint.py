@@ -14,6 +14,7 @@ import torch
 from fsdpsft.config import Config
 from fsdpsft.errors import ConfigError
 from fsdpsft.flops import flop_count
+from fsdpsft.loss import default_chunk
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.model.sft_model import SFTModel, decoder_blocks, resolve_dtype
 from fsdpsft.parallelize import adapted_model
@@ -125,7 +126,7 @@ def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, fl
     }[m.enable_gradient_checkpointing]
     recomputed = 0 if m.enable_gradient_checkpointing == "none" else whole
     vocabulary = module.head.weight.shape[0]
-    chunk = min(m.head_chunk_tokens, tokens)
+    chunk = min(m.head_chunk_tokens or default_chunk("cuda"), tokens)
     return {
         "activations": float(tokens * (layers * kept + recomputed + 2 * compute * hidden)),
         "logits of one chunk": float(chunk * vocabulary * (compute + 2 * torch.float32.itemsize)),
