@@ -230,6 +230,8 @@ class Check:
 
     def free(self) -> None:
         """Drop what the last case left."""
+        if self.device.type == "cuda":
+            torch.compiler.reset()  # its caches would keep a model alive
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
+from transformers.models.qwen2 import modeling_qwen2
 
 from benchmarks import gpu_check, gpu_contenders
 from benchmarks.gpu_contenders import PADDING_FREE, Contender, Session, compare, contenders, gate_error
@@ -204,6 +205,19 @@ def test_what_does_not_fit_is_tried_in_another_way_and_not_again(check: Check) -
     never = Contender(greedy, [(512, "none")])
     never.take_turn(check, TINY_CASES["0.5B"], work)
     assert never.error == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_kernels_replaced_for_one_contender_are_not_there_for_the_next(check: Check) -> None:
+    original = modeling_qwen2.apply_rotary_pos_emb
+
+    def patching(*args: Any) -> Session:
+        modeling_qwen2.apply_rotary_pos_emb = None
+        raise RuntimeError("no kernel")
+
+    contender = Contender(patching, [(1, "none")])
+    contender.take_turn(check, TINY_CASES["0.5B"], draw_work(TINY_CASES["0.5B"]))
+    assert contender.error == "RuntimeError: no kernel"
+    assert modeling_qwen2.apply_rotary_pos_emb is original
 
 
 def test_without_trl_ours_runs_alone_and_the_result_says_so(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
