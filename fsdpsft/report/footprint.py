@@ -118,13 +118,17 @@ def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, fl
     width = getattr(text, "intermediate_size", None) or 4 * hidden
     tokens = config.data.token_budget
     # Of a token in one block: inputs of norms (float32 within), products, attention and the MLP's gate.
-    whole = compute * (4 * hidden + 2 * queries + 2 * keys + 4 * width) + 2 * 4 * hidden
-    kept = {
-        "none": whole,
-        "selective": compute * (3 * hidden + 2 * queries + 2 * keys + 2 * width),
-        "full": 0 if m.activation_offload else compute * hidden,
-    }[m.enable_gradient_checkpointing]
-    recomputed = 0 if m.enable_gradient_checkpointing == "none" else whole
+    attention = compute * (2 * hidden + 2 * queries + 2 * keys) + 4 * hidden
+    mlp = (compute * (2 * hidden + 4 * width) + 4 * hidden) / m.mlp_tiles
+    mode, tiled = m.enable_gradient_checkpointing, m.mlp_tiles > 1
+    apart = mode == "selective" or m.activation_offload or tiled
+    inputs = 0 if m.activation_offload else compute * hidden * (2 if apart else 1)
+    results = compute * (2 * queries + 2 * keys + (0 if tiled else 2 * width))
+    kept, recomputed = {
+        "none": (attention + compute * hidden, mlp) if tiled else (attention + mlp, 0),
+        "selective": (inputs + results, max(attention, mlp)),
+        "full": (inputs, max(attention, mlp) if apart else attention + mlp),
+    }[mode]
     vocabulary = module.head.weight.shape[0]
     chunk = min(m.head_chunk_tokens or default_chunk("cuda"), tokens)
     return {
