@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 ATTENTION = ("attn", "attention")
-"""How a child's name ends that returns a pair, of which transformers' blocks use the first."""
+"""How the name of a block's attention ends."""
 
 _WIDTH, _LENGTH = 8, 11
 
@@ -38,8 +39,8 @@ class Elementwise(nn.Module):
         return torch.tanh(1.3 * hidden_states + self.shift)
 
 
-class _Attention(Elementwise):
-    """Stands for attention, which returns its weights too."""
+class _Pair(Elementwise):
+    """Stands for attention, which returns its weights too: transformers' blocks use the first."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(hidden_states), None
@@ -66,18 +67,28 @@ def split(block: nn.Module) -> list[nn.Module] | None:
         Its attention and its MLP, each with the norm before it, and the norms that are left (behind a part), in the
         order of the forward pass; None where its structure does not allow it, which a log line tells.
     """
-    order, fed = _trace(block)
-    if not fed or not _proven(block, fed):
-        log.info("%s is recomputed as a whole: its parts cannot be told apart", type(block).__name__)
+    works = {name for name, child in block.named_children() if any(True for _ in child.children())}
+    attention = {name for name in works if name.endswith(ATTENTION)}
+    for pairs in (attention, works):  # some mixtures return their router's scores beside the result
+        order, fed = _trace(block, works, pairs)
+        if fed and _proven(block, fed, pairs):
+            break
+    else:
+        _say_once(type(block).__name__)
         return None
     _fold_norms(block, fed)
     return [block.get_submodule(name) for name in order if name not in fed.values()]
 
 
-def _small_copy(block: nn.Module) -> Any:
+@cache
+def _say_once(name: str) -> None:
+    log.info("%s is recomputed as a whole: its parts cannot be told apart", name)
+
+
+def _small_copy(block: nn.Module, pairs: set[str]) -> Any:
     children: dict[str, nn.Module] = {}
     for number, (name, child) in enumerate(block.named_children(), 1):
-        kind = _Attention if name.endswith(ATTENTION) else Elementwise
+        kind = _Pair if name in pairs else Elementwise
         children[name] = child if isinstance(child, nn.Dropout) else kind(0.1 * number)
     return stand_in(block, children)
 
@@ -92,8 +103,8 @@ def _run(block: nn.Module) -> Tensor:
     return output
 
 
-def _trace(block: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """The block's children in the order they run, and for each part the norm whose output it is given.
+def _trace(block: nn.Module, works: set[str], pairs: set[str]) -> tuple[list[str], dict[str, str]]:
+    """The block's children in the order they run, and for each part in ``works`` the norm whose output it is given.
 
     Empty where the block cannot be run around stand-ins, or has other parts than one attention, one MLP and norms.
     """
@@ -101,8 +112,7 @@ def _trace(block: nn.Module) -> tuple[list[str], dict[str, str]]:
     made: dict[int, str] = {}  # id of an output: which child made it
     kept: list[Any] = []  # alive, so that no id is given twice
     fed: dict[str, str] = {}
-    copy = _small_copy(block)
-    works = {name for name, child in block.named_children() if any(True for _ in child.children())}
+    copy = _small_copy(block, pairs)
 
     def watch(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -128,8 +138,8 @@ def _trace(block: nn.Module) -> tuple[list[str], dict[str, str]]:
     return (order, fed) if alone and len(works) == 2 and fed.keys() == works else ([], {})
 
 
-def _proven(block: nn.Module, fed: dict[str, str]) -> bool:
-    plain, rearranged = _small_copy(block), _small_copy(block)
+def _proven(block: nn.Module, fed: dict[str, str], pairs: set[str]) -> bool:
+    plain, rearranged = _small_copy(block, pairs), _small_copy(block, pairs)
     _fold_norms(rearranged, fed)
     return torch.equal(_run(plain), _run(rearranged))
 
