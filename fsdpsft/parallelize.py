@@ -3,7 +3,7 @@
     LoRA -> kernels -> attention -> last block -> compile -> activation checkpointing -> FSDP2 -> weights
 
 LoRA first, as it changes which modules exist. Compile before checkpointing: attention is outside the compiler's graph,
-which it must not be in a checkpoint that the compiler sees; so each block's compiled forward is what is recomputed, and
+which it must not be in a checkpoint that the compiler sees; so each unit's compiled forward is what is recomputed, and
 FSDP's hooks stay out of it. FSDP last, around whole blocks; then each process reads only its rows of the weights.
 """
 
@@ -131,8 +131,8 @@ def build_model(
     check_architecture(causal_lm, packed=packed)
     rope_limit = rope.rope_by_document(causal_lm, max_length=max_length)
     prove_head(causal_lm)
-    for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
-        log.warning("%s: %s", type(causal_lm).__name__, remark)
+    if not mesh.rank:
+        _tell(causal_lm)
     if settings.use_liger:
         kernels.apply_liger(causal_lm, mesh.device)
     backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
@@ -151,6 +151,12 @@ def build_model(
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
     return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, rope_limit, whole)
+
+
+def _tell(causal_lm: PreTrainedModel) -> None:
+    """Say what of the model's training is not, or not only, predicting tokens."""
+    for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
+        log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
 def _compile(unit: nn.Module) -> None:
