@@ -8,8 +8,8 @@ TORCH  ?= torch==2.13.0
 PYTEST ?=
 # Where `make demo` writes.
 DEMO   ?= demo
-# Which measurement: bench_step, bench_data, bench_load, bench_memory, bench_checkpoint.
-BENCH  ?= bench_step
+# One measurement alone: bench_step, bench_head, bench_data, bench_load, bench_memory, bench_checkpoint and so on.
+BENCH  ?=
 BIN    := $(VENV)/bin
 
 # One thread a process: the tests and the demo start two processes on machines that may have two cores.
@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev  ## Mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev  ## Measure speed and memory against other trainers (15 minutes), see benchmarks/
-	$(BIN)/python -m benchmarks.$(BENCH)
+	$(BIN)/python -m benchmarks$(if $(BENCH),.$(BENCH))
 
 gpu-check: $(VENV)/.installed  ## Correctness, speed and memory on one CUDA device (10 minutes)
 	$(BIN)/python -m benchmarks.gpu_check

@@ -140,7 +140,8 @@ def main() -> int:
             "tokens": sum(len(ids) for ids, _ in rows), "trained_tokens": sum(sum(mask) for _, mask in rows),
             "tolerance": TOLERANCE, "results": {},
         }  # fmt: skip
-        out = arguments.out or RESULTS / f"{hardware_name()}-step-25m-vocab{arguments.vocab}.json"
+        rows_a_step = "" if arguments.batch == 16 else f"-batch{arguments.batch}"
+        out = arguments.out or RESULTS / f"{hardware_name()}-step-25m-vocab{arguments.vocab}{rows_a_step}.json"
         for dtype in arguments.dtypes:
             result["results"][dtype] = compare(folder, dtype, names, arguments)
             write_json(out, result)  # after each, so that a run that is cut short leaves something
