@@ -47,6 +47,7 @@ from fsdpsft.distributed import activation_checkpoint
 from fsdpsft.distributed.fsdp import MasterWeights
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.metrics import peak_flops
+from fsdpsft.model import block_parts
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
 from fsdpsft.model.kernels import apply_liger
@@ -54,7 +55,7 @@ from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.lora import LoraSettings, apply_lora
 from fsdpsft.model.sft_model import SFTModel, decoder_blocks
 from fsdpsft.optim import build_optimizer
-from fsdpsft.parallelize import ParallelModel
+from fsdpsft.parallelize import ParallelModel, compile_unit
 from fsdpsft.testing import tiny_tokenizer
 from fsdpsft.train import train_step
 
@@ -100,10 +101,12 @@ def build_ours(check: Check, case: StepCase, **changes: Any) -> ParallelModel:
     backend = choose_backend("auto", requirements(causal_lm, check.device, dtype))
     blocks = decoder_blocks(causal_lm)
     trimmed = changes.get("trim", True) and trim_last_block(blocks[-1])
-    if changes.get("compiled", False):
-        for block in blocks[:-1] if trimmed else blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-    activation_checkpoint.apply(blocks, changes.get("recompute", "none"), mlp_tiles=changes.get("mlp_tiles", 1))
+    # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
+    plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
+    activation_checkpoint.apply(
+        blocks, changes.get("recompute", "none"), mlp_tiles=changes.get("mlp_tiles", 1), split=block_parts.split,
+        prepare=lambda unit: compile_unit(unit) if changes.get("compiled", False) and id(unit) not in plain else None,
+    )  # fmt: skip
     module = SFTModel(causal_lm, 4096).train()
     return ParallelModel(module, init_mesh(check.device), backend.attend, MasterWeights(module, dtype), dtype, trimmed)
 

@@ -145,7 +145,7 @@ def build_model(
     activation_checkpoint.apply(
         blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload,
         mlp_tiles=settings.mlp_tiles, split=block_parts.split,
-        prepare=lambda unit: _compile(unit) if settings.compile and id(unit) not in plain else None,
+        prepare=lambda unit: compile_unit(unit) if settings.compile and id(unit) not in plain else None,
     )  # fmt: skip
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
@@ -159,7 +159,7 @@ def _tell(causal_lm: PreTrainedModel) -> None:
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
-def _compile(unit: nn.Module) -> None:
+def compile_unit(unit: nn.Module) -> None:
     """Compile a module's forward; attention inside it breaks the graph and runs as it is."""
     unit.forward = torch.compile(unit.forward)
 
