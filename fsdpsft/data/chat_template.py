@@ -26,10 +26,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +77,7 @@ _CHATML = """\
 """
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A tokenised conversation, or one turn of it with its history.
 
     Attributes:
@@ -95,8 +93,7 @@ class Encoded:
     rewritten: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What one conversation becomes before tokenisation.
 
     Attributes:
@@ -190,7 +187,6 @@ class ChatTemplate:
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
-        self._firsts = sorted({text[0] for text in self.tokens.special})
         self._hidden = re.compile(f"{self.tokens.special_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
@@ -251,7 +247,7 @@ class ChatTemplate:
         """Render a conversation and prove its trained spans."""
         if not conversation.messages:
             raise RowError("the conversation has no messages", "no messages")
-        hiding = Hiding(self._hidden, self._firsts)
+        hiding = Hiding(self.tokens.special_pattern, self._hidden)
         prover = self.prover(conversation)
         plain = [_prepared(message) for message in conversation.messages]
         if prover.wants_parts:

@@ -155,7 +155,7 @@ def _with_system(messages: list[Message], columns: Mapping[str, Any], options: R
 
 
 def _trained(messages: list[Message], train_on_turns: str) -> tuple[bool, ...]:
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    turns = [index for index, message in enumerate(messages) if message.entries["role"] == "assistant"]
     if not turns:
         roles = ", ".join(message.role for message in messages[:8])
         raise fault("no assistant turn", "messages", f"no assistant message, only {roles}", "remove the row")

@@ -13,7 +13,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdpsft.errors import RowError
 
@@ -59,8 +59,11 @@ class MessageKeys:
     roles: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Message:
+_USUAL_KEYS = MessageKeys()
+_ROLE_AND_CONTENT = {"role", "content"}
+
+
+class Message(NamedTuple):
     """One message, clean.
 
     Attributes:
@@ -187,6 +190,8 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     if not isinstance(raw, dict):
         raise fault("wrong type", column, "a message must be an object with a role and content", "mend the row", raw)
     given = {key: value for key, value in raw.items() if value is not None}
+    if given.keys() == _ROLE_AND_CONTENT and keys == _USUAL_KEYS and _is_usual(given):
+        return Message(given)
     role_key, content_key, style = _keys_of(given, column, keys)
     role = _role(given[role_key], column, role_key, keys.roles)
     entries: dict[str, Any] = {"role": "assistant" if role == "function_call" else role}
@@ -204,6 +209,13 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
         if key not in _CONTROL and key not in (role_key, content_key, "role", "content"):
             entries[text_of(key, column)] = plain(value, f"{column}.{key}")
     return Message(entries, style, _train(given, column, entries["role"]), _weight(given, column))
+
+
+def _is_usual(given: dict[str, Any]) -> bool:
+    """What nearly all messages are: a plain role and ASCII text, which need no change and no further check."""
+    role, content = given["role"], given["content"]
+    usual = isinstance(role, str) and role in ("system", "user", "assistant")
+    return usual and isinstance(content, str) and content.isascii()
 
 
 def _keys_of(given: dict[str, Any], column: str, keys: MessageKeys) -> tuple[str, str, str]:

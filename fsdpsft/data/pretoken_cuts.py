@@ -11,7 +11,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 from tokenizers import pre_tokenizers
@@ -62,8 +63,8 @@ def company(character: str) -> str:
     return _COMPANY.replace("{0}", character)
 
 
-def cuts_of(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> tuple[list[Cut], bool]:
-    """What cuts a text into pre-tokens, one after the other, and whether a single space always begins a pre-token.
+def cut_of(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> tuple[Cut, bool]:
+    """What cuts a text into pre-tokens, and whether a single space always begins one.
 
     The second is about single spaces between other characters than white space.
 
@@ -79,8 +80,17 @@ def cuts_of(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> tuple[list[Cut
     require(last["type"] == "ByteLevel" and not last["add_prefix_space"])
     patterns = [_pattern(step) for step in steps] + ([_GPT2] if last["use_regex"] else [])
     require(bool(patterns))
-    alternatives = re.split(r"\|(?![^(]*\))", patterns[0])
-    return [_cutter(pattern) for pattern in patterns], len(patterns) == 1 and _SPACE_ONLY_FIRST.issuperset(alternatives)
+    cuts = [_cutter(pattern) for pattern in patterns]
+    if len(cuts) == 1:
+        return cuts[0], _SPACE_ONLY_FIRST.issuperset(re.split(r"\|(?![^(]*\))", patterns[0]))
+    return partial(_cut_in_turn, cuts), False
+
+
+def _cut_in_turn(cuts: Sequence[Cut], text: str) -> list[str]:
+    pretokens = [text]
+    for cut in cuts:
+        pretokens = list(chain.from_iterable(map(cut, pretokens)))
+    return pretokens
 
 
 def _pattern(step: dict[str, Any]) -> str:
@@ -132,9 +142,15 @@ def _category(name: str) -> str:
 
     Beyond it ``re`` would walk through the ranges one by one; those few letters are the tokenizer's.
     """
-    numbers = [n for n in range(1 << 16) if unicodedata.category(chr(n)).startswith(name)]
+    numbers = [number for number, category in enumerate(_categories()) if category.startswith(name)]
     require(bool(numbers))
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(numbers))
+
+
+@lru_cache
+def _categories() -> list[str]:
+    """The category of each character of the first plane."""
+    return list(map(unicodedata.category, map(chr, range(1 << 16))))
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

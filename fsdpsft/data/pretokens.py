@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from fsdpsft.data.pretoken_cuts import Unlike, company, cuts_of, require, trie_pattern
+from fsdpsft.data.pretoken_cuts import Unlike, company, cut_of, require, trie_pattern
 
 AUDIT_EVERY = 512
 _MOST_KEYS = 1 << 17  # some 20 MB a table
@@ -71,7 +71,7 @@ class PreTokenizer:
         require(isinstance(backend.model, models.BPE) and not backend.model.dropout)
         require(backend.normalizer is None or isinstance(backend.normalizer, normalizers.NFC))
         self._backend, self._model = backend, backend.model
-        self._cuts, self.cuts_at_spaces = cuts_of(backend.pre_tokenizer)
+        self._cut, self.cuts_at_spaces = cut_of(backend.pre_tokenizer)
         added = {number: token for number, token in backend.get_added_tokens_decoder().items() if token.content}
         ours = {token.content: number for number, token in added.items() if not _is_odd(token)}
         odd = [token.content for token in added.values() if _is_odd(token)]
@@ -136,18 +136,12 @@ class PreTokenizer:
 
     def _inner_word(self, word: str) -> bytes:
         """The ids of a space and the word behind it, when another space follows."""
-        require(word != "" and not word[0].isspace() and not word[-1].isspace())
+        if not word or word[0].isspace() or word[-1].isspace():
+            raise Unlike
         return self._by_pretokens(" " + word)
 
     def _by_pretokens(self, piece: str) -> bytes:
         return b"".join(map(self._pretokens.__getitem__, self._cut(piece)))
-
-    def _cut(self, piece: str) -> list[str]:
-        """The pre-tokens of a text without added tokens."""
-        pretokens = self._cuts[0](piece)
-        for cut in self._cuts[1:]:
-            pretokens = list(chain.from_iterable(map(cut, pretokens)))
-        return pretokens
 
     def _split(self, pretoken: str) -> bytes:
         """The ids of one pre-token, by the tokenizer's model."""
@@ -186,7 +180,7 @@ class PreTokenizer:
 
 
 def _as_bytes(ids: Sequence[int]) -> bytes:
-    return np.array(ids, np.uint32).tobytes()
+    return array("I", ids).tobytes()  # four bytes each, as uint32
 
 
 def _is_odd(token: AddedToken) -> bool:

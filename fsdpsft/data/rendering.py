@@ -242,18 +242,18 @@ class Hiding:
     What is hidden is the text of special tokens, which content must not forge, and characters that markers use.
 
     Args:
-        pattern: matches what to hide.
-        firsts: the characters that ASCII matches begin with.
+        special: matches the special tokens.
+        hidden: matches all that is to be hidden: special tokens, and the characters that markers use.
 
     Attributes:
         originals: placeholder -> text it stands for.
         count: how many occurrences were replaced.
     """
 
-    def __init__(self, pattern: re.Pattern[str], firsts: Sequence[str]) -> None:
+    def __init__(self, special: re.Pattern[str], hidden: re.Pattern[str]) -> None:
         """Hide nothing yet; see the class."""
-        self._firsts = firsts
-        self._pattern = pattern
+        self._special = special
+        self._hidden = hidden
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
         self.count = 0
@@ -272,7 +272,7 @@ class Hiding:
     def hide(self, value: Any) -> Any:
         """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
         if isinstance(value, str):
-            return self._pattern.sub(self._replace, value) if self._may_match(value) else value
+            return self._hidden.sub(self._replace, value) if self._may_match(value) else value
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -280,11 +280,8 @@ class Hiding:
         return value
 
     def _may_match(self, text: str) -> bool:
-        """False for nearly all strings, found without a regular expression."""
-        for first in self._firsts:
-            if first in text:
-                return True
-        return not text.isascii()
+        """False for nearly all strings, found by an expression that is quick on text without special tokens."""
+        return not text.isascii() or self._special.search(text) is not None
 
     def restore(self, text: str) -> str:
         """``text`` with the hidden strings back in place."""

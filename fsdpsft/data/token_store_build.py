@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 600.0
 GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+_YOUNG_OBJECTS = 50_000  # between collections: a batch of rows makes tens of thousands, hardly any of them in cycles
 _BLOCK = 1 << 18
 _HASH_BUCKETS = 64
 _SETTLED_NS = 2_000_000_000
@@ -278,6 +279,7 @@ def _start_worker(job: Job, done_rows: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     # The parallelism is in the processes; threads of the tokenizers' own would not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(_YOUNG_OBJECTS)
     _worker = (job, done_rows)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

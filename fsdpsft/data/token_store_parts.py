@@ -189,7 +189,7 @@ class Job:
             DataError: the file is damaged.
         """
         source, shard = self.work[number]
-        tally = Tally()
+        tally, vocab_size = Tally(), self.encoder.vocab_size
 
         def refuse(fault: RowError) -> None:
             if self.options.on_bad_row == "error":
@@ -208,7 +208,7 @@ class Job:
                         refuse(result)
                         continue
                     try:
-                        self._keep(part, tally, row, result)
+                        self._keep(part, tally, row, result, vocab_size)
                     except RowError as fault:
                         refuse(fault)
                 part.flush(tally)
@@ -216,20 +216,21 @@ class Job:
                 advance(len(rows))
         return tally
 
-    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded]) -> None:
+    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded], vocab_size: int) -> None:
         """Add a row's samples, as far as they may stay."""
-        if not any(_is_trained(sample.loss_weights) for sample in samples):
+        trained = [_is_trained(sample.loss_weights) for sample in samples]
+        if not any(trained):
             raise RowError(
                 f"{row.where}: no token of it is trained (no assistant message, an empty one, or all of them marked "
                 f"train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
                 NO_TRAINED_TOKEN,
             )
-        for sample in samples:
-            self._check_ids(row, sample)
+        for sample, is_trained in zip(samples, trained, strict=True):
+            _check_ids(row, sample, vocab_size)
             kept = truncate(sample, self.options, row)
             cut = len(sample.input_ids) > self.options.max_length
-            reason = TOO_LONG if kept is None else NOTHING_LEFT if cut else NO_TRAINED_TOKEN
-            if kept is None or not _is_trained(kept[1]):
+            if kept is None or not (_is_trained(kept[1]) if cut else is_trained):
+                reason = TOO_LONG if kept is None else NOTHING_LEFT if cut else NO_TRAINED_TOKEN
                 tally.dropped[reason] += 1
                 tally.note(f"{row.where}: dropped, {reason} ({len(sample.input_ids)} tokens)")
                 continue
@@ -238,14 +239,13 @@ class Job:
             tally.rewritten += sample.rewritten
             part.add(*kept, row.index)
 
-    def _check_ids(self, row: Row, sample: Encoded) -> None:
-        ids, limit = sample.input_ids, self.encoder.vocab_size
-        if len(ids) != len(sample.loss_weights):
-            raise RowError(
-                f"{row.where}: {len(ids)} tokens, {len(sample.loss_weights)} loss weights", "unequal lengths"
-            )
-        if (largest := int(ids.max())) >= limit:
-            raise RowError(f"{row.where}: token id {largest}, but the tokenizer has only {limit}", "unknown token id")
+
+def _check_ids(row: Row, sample: Encoded, vocab_size: int) -> None:
+    ids = sample.input_ids
+    if len(ids) != len(sample.loss_weights):
+        raise RowError(f"{row.where}: {len(ids)} tokens, {len(sample.loss_weights)} loss weights", "unequal lengths")
+    if (largest := int(ids.max())) >= vocab_size:
+        raise RowError(f"{row.where}: token id {largest}, but the tokenizer has only {vocab_size}", "unknown token id")
 
 
 def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -211,7 +211,7 @@ class TurnProver:
             rendered = turn.rendered
             if not text.startswith(stop, region_end):
                 rendered = Rendered(text[:region_end] + stop, rendered.segments, rendered.blocks)
-        closed = turn._replace(rendered=rendered, reply_end=end, stop=stop)
+        closed = _Turn(turn.message, rendered, turn.header_start, turn.prompt_end, end, stop)
         if closed.reply.count(stop) > 1:
             raise refuse(turn.message, f"its stop token {stop!r} occurs within the turn, where generation would end")
         return closed
@@ -246,10 +246,13 @@ class TurnProver:
         """Refuse a template that drops what the assistant said; content may be trimmed, and thoughts moved."""
         content = message.get("content", "")
         parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content if isinstance(p, dict)]
-        calls = [call.get("function", call) for call in message.get("tool_calls", ()) if isinstance(call, dict)]
-        names = [call["name"] for call in calls if isinstance(call, dict) and "name" in call]
-        for text in [*(str(part).rpartition("</think>")[2].strip() for part in parts), *map(str, names)]:
-            if text not in turn.reply:
+        texts = [str(part).rpartition("</think>")[2].strip() for part in parts]
+        if "tool_calls" in message:
+            calls = [call.get("function", call) for call in message["tool_calls"] if isinstance(call, dict)]
+            texts += [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
+        reply = turn.reply
+        for text in texts:
+            if text not in reply:
                 raise refuse(turn.message, f"the template does not print {_excerpt(text)} of the message as it is")
 
     def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
