@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class RowFormat:
     content_key: str | None = None
     role_names: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def message_keys(self) -> MessageKeys:
         """What ``parse_message`` needs of this."""
         return MessageKeys(self.role_key, self.content_key, self.role_names)

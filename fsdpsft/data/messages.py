@@ -13,6 +13,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from fsdpsft.errors import RowError
@@ -58,8 +59,12 @@ class MessageKeys:
     content: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def usual(self) -> bool:
+        """Nothing differs from the well-known names."""
+        return self == MessageKeys()
 
-_USUAL_KEYS = MessageKeys()
+
 _ROLE_AND_CONTENT = {"role", "content"}
 
 
@@ -190,7 +195,7 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     if not isinstance(raw, dict):
         raise fault("wrong type", column, "a message must be an object with a role and content", "mend the row", raw)
     given = {key: value for key, value in raw.items() if value is not None}
-    if given.keys() == _ROLE_AND_CONTENT and keys == _USUAL_KEYS and _is_usual(given):
+    if keys.usual and given.keys() == _ROLE_AND_CONTENT and _is_usual(given):
         return Message(given)
     role_key, content_key, style = _keys_of(given, column, keys)
     role = _role(given[role_key], column, role_key, keys.roles)

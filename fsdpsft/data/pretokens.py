@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
@@ -27,6 +28,8 @@ from fsdpsft.data.pretoken_cuts import Unlike, company, cut_of, require, trie_pa
 AUDIT_EVERY = 512
 _MOST_KEYS = 1 << 17  # some 20 MB a table
 _LONGEST_KEY = 48  # longer ones seldom come again
+_MOST_TEXTS = 1024  # whose added tokens are remembered: more than a batch of rows has
+_ID_BYTES = 4
 _SHORT = 12  # as long as the text between added tokens that each turn repeats ("assistant\n")
 
 # Byte-level tokenizers write bytes that are not printable in Latin-1 as the characters from 256 on (as GPT-2 does).
@@ -81,6 +84,7 @@ class PreTokenizer:
         self._pretokens = Table(self._split, {text: _as_bytes([number]) for text, number in ours.items()})
         self._words = Table(self._inner_word, {})
         self._pieces = Table(self._by_pretokens, {})
+        self._anchors: dict[str, list[tuple[int, int]]] = {}
         self._trusted: set[str] = set()
         self._differing: set[str] = set()
         self._texts = 0
@@ -108,14 +112,33 @@ class PreTokenizer:
         """
         if not self._may_cut(text):
             return None
-        pieces = self._at_added.split(text)
-        found = [self._pretokens[piece] if i % 2 else self._ids(piece) for i, piece in enumerate(pieces) if piece]
+        found: list[bytes] = []
+        anchors: list[tuple[int, int]] = []
+        character = token = 0
+        for number, piece in enumerate(self._at_added.split(text)):
+            if number % 2:
+                anchors.append((character, token))
+            found.append(self._pretokens[piece] if number % 2 else self._ids(piece))
+            character += len(piece)
+            token += len(found[-1]) // _ID_BYTES
+        if len(self._anchors) >= _MOST_TEXTS:
+            self._anchors.clear()
+        self._anchors[text] = anchors
         ids: NDArray[np.uint32] = np.frombuffer(b"".join(found), np.uint32)
         self._texts += 1
         if self._texts % AUDIT_EVERY == 1:
             expected = self._backend.encode(text, add_special_tokens=False).ids
             assert ids.tolist() == expected, f"cut otherwise than the tokenizer does: {text!r}"
         return ids
+
+    def anchor(self, text: str, position: int) -> tuple[int, int] | None:
+        """The last added token that begins before a position: its first character, and the number of ids before it.
+
+        None where there is none, and for texts that were not tokenised here, or too long ago.
+        """
+        anchors = self._anchors.get(text, [])
+        number = bisect_left(anchors, (position,)) - 1
+        return anchors[number] if number >= 0 else None
 
     def _ids(self, piece: str) -> bytes:
         """The ids of a text without added tokens."""

@@ -174,11 +174,10 @@ class JinjaTemplate:
         add_generation_prompt: bool,
     ) -> str:
         try:
-            return template.render(
-                {"tools": None, "documents": None, **variables},
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-            )
+            # What Template.render does, with one dict made instead of three.
+            given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+            names = {**template.globals, "tools": None, "documents": None, **variables, **given}
+            return "".join(template.root_render_func(template.new_context(names, shared=True)))
         except _TEMPLATE_FAULTS as error:
             raise RowError(
                 f"the chat template rejects the conversation: {error}", "rejected by the template"

@@ -154,6 +154,19 @@ class SpanTokenizer:
 
     def _from_anchor(self, text: str, ids: Ids, position: int) -> int | None:
         """The same, proven from the last special token before ``position``; None where that shows nothing."""
+        anchor = self._anchor(text, ids, position)
+        if anchor is None:
+            return None
+        start, first = anchor
+        tail = self._tail(text[start:position])
+        after = first + len(tail) // ids.itemsize
+        return after if ids[first:after].tobytes() == tail else None
+
+    def _anchor(self, text: str, ids: Ids, position: int) -> tuple[int, int] | None:
+        """The last special token a little before ``position``: its first character, and its number among the ids."""
+        known = None if self._table is None else self._table.anchor(text, position)
+        if known is not None:
+            return known if position - known[0] <= _WINDOW else None
         anchor = None
         window = max(0, position - _WINDOW)
         for match in self.special_pattern.finditer(text, window, position):
@@ -164,10 +177,7 @@ class SpanTokenizer:
         (places,) = (ids == self.special[name]).nonzero()
         if len(places) != text.count(name):
             return None
-        tail = self._tail(text[start:position])
-        first = int(places[text.count(name, 0, start)])
-        after = first + len(tail) // ids.itemsize
-        return after if ids[first:after].tobytes() == tail else None
+        return start, int(places[text.count(name, 0, start)])
 
     def _encode_uncached(self, text: str) -> bytes:
         return self.encode(text).tobytes()

@@ -54,7 +54,6 @@ GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 _YOUNG_OBJECTS = 50_000  # between collections: a batch of rows makes tens of thousands, hardly any of them in cycles
 _BLOCK = 1 << 18
-_HASH_BUCKETS = 64
 _SETTLED_NS = 2_000_000_000
 _SHARDS, _SMALLEST_SHARD = 64, 128 << 10
 
@@ -357,10 +356,11 @@ def _blocks(path: Path, dtype: str) -> Iterator[NDArray[Any]]:
 def _count_duplicates(folder: Path, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Samples equal to an earlier one, for each range of samples that ends before ``ends``. Deletes the hashes.
 
-    Sorting all hashes would take memory by the sample, so they go to buckets by their lowest bits first.
+    Sorting all hashes would take memory by the sample, so they go to buckets first, of about a block each.
     """
     record = np.dtype([("hash", HASH_DTYPE), ("index", "<i8")])
-    buckets = [folder / f"bucket-{number}" for number in range(_HASH_BUCKETS)]
+    count = sum(len(hashes) for hashes in _blocks(folder / "hashes.bin", HASH_DTYPE)) // _BLOCK + 1
+    buckets = [folder / f"bucket-{number}" for number in range(count)]
     first = 0
     for hashes in _blocks(folder / "hashes.bin", HASH_DTYPE):
         records = np.empty(len(hashes), record)
@@ -368,7 +368,7 @@ def _count_duplicates(folder: Path, ends: NDArray[np.int64]) -> NDArray[np.int64
         first += len(hashes)
         for number, bucket in enumerate(buckets):
             with bucket.open("ab") as out:
-                out.write(records[hashes % _HASH_BUCKETS == number].tobytes())
+                out.write(records[hashes % count == number].tobytes())
     found = np.zeros(len(ends), np.int64)
     for bucket in buckets:
         records = np.fromfile(bucket, record) if bucket.exists() else np.empty(0, record)

@@ -151,7 +151,8 @@ class PartWriter:
             return
         arrays = columns_of(self.pending)
         arrays["tokens"] = arrays["tokens"].astype(self.token_dtype)
-        digests = [hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest() for ids, _, _ in self.pending]
+        spelt = (np.ascontiguousarray(ids, "<u4").data for ids, _, _ in self.pending)
+        digests = [hashlib.blake2b(ids, digest_size=8).digest() for ids in spelt]
         arrays["hashes"] = np.frombuffer(b"".join(digests), HASH_DTYPE)
         for name, file in self.files.items():
             file.write(arrays[name].tobytes())
