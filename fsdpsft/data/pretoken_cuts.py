@@ -142,21 +142,15 @@ def _category(name: str) -> str:
 
     Beyond it ``re`` would walk through the ranges one by one; those few letters are the tokenizer's.
     """
-    numbers = [number for number, category in enumerate(_categories()) if category.startswith(name)]
-    require(bool(numbers))
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(numbers))
+    runs = [run.span() for run in re.finditer(f"(?:{name.ljust(2, '.')})+", _categories())]
+    require(bool(runs))
+    return "".join(f"\\u{start // 2:04x}-\\u{end // 2 - 1:04x}" for start, end in runs)
 
 
 @lru_cache
-def _categories() -> list[str]:
-    """The category of each character of the first plane."""
-    return list(map(unicodedata.category, map(chr, range(1 << 16))))
-
-
-def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of consecutive numbers."""
-    edges = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-    return [(numbers[a], numbers[b - 1]) for a, b in zip([0, *edges], [*edges, len(numbers)], strict=True)]
+def _categories() -> str:
+    """The categories of the characters of the first plane, two letters each."""
+    return "".join(map(unicodedata.category, map(chr, range(1 << 16))))
 
 
 def trie_pattern(words: Iterable[str]) -> str:
