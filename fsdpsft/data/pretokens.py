@@ -28,7 +28,7 @@ from fsdpsft.data.pretoken_cuts import Unlike, company, cut_of, require, trie_pa
 AUDIT_EVERY = 512
 _MOST_KEYS = 1 << 17  # some 20 MB a table
 _LONGEST_KEY = 48  # longer ones seldom come again
-_MOST_TEXTS = 1024  # whose added tokens are remembered: more than a batch of rows has
+_MOST_CHARACTERS = 1 << 23  # of the texts whose added tokens are remembered: more than a batch of rows has
 _ID_BYTES = 4
 _SHORT = 12  # as long as the text between added tokens that each turn repeats ("assistant\n")
 
@@ -85,6 +85,7 @@ class PreTokenizer:
         self._words = Table(self._inner_word, {})
         self._pieces = Table(self._by_pretokens, {})
         self._anchors: dict[str, list[tuple[int, int]]] = {}
+        self._characters = 0  # of the texts in it
         self._trusted: set[str] = set()
         self._differing: set[str] = set()
         self._texts = 0
@@ -121,8 +122,10 @@ class PreTokenizer:
             found.append(self._pretokens[piece] if number % 2 else self._ids(piece))
             character += len(piece)
             token += len(found[-1]) // _ID_BYTES
-        if len(self._anchors) >= _MOST_TEXTS:
+        self._characters += len(text)
+        if self._characters > _MOST_CHARACTERS:
             self._anchors.clear()
+            self._characters = len(text)
         self._anchors[text] = anchors
         ids: NDArray[np.uint32] = np.frombuffer(b"".join(found), np.uint32)
         self._texts += 1

@@ -177,6 +177,21 @@ def test_a_wrong_table_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         table.encode("wrong and looked at")
 
 
+def test_added_tokens_are_remembered_for_the_texts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretokens, "_MOST_CHARACTERS", 60)
+    table = PreTokenizer.of(BACKENDS["gpt2"])
+    assert table is not None
+    text = "ab<|im_start|>cd<|im_end|>"
+    ids = BACKENDS["gpt2"].encode(text, add_special_tokens=False).ids
+    table.encode(text)
+    number = BACKENDS["gpt2"].get_vocab()
+    first, second = ids.index(number["<|im_start|>"]), ids.index(number["<|im_end|>"])
+    places = [table.anchor(text, position) for position in (2, 3, 16, 17, 26)]
+    assert places == [None, (2, first), (2, first), (16, second), (16, second)]
+    table.encode("another text, long enough to push the first one out")
+    assert table.anchor(text, 26) is None
+
+
 def test_a_full_table_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretokens, "_MOST_KEYS", 8)
     table = PreTokenizer.of(BACKENDS["gpt2"])
