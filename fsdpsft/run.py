@@ -20,7 +20,16 @@ from fsdpsft.checkpoint import Adapter, CheckpointManager
 from fsdpsft.config import Config, parse_size, to_yaml
 from fsdpsft.data.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
-from fsdpsft.distributed.mesh import Mesh, choose_device, close_mesh, env_rank, init_mesh, keep_freed_memory
+from fsdpsft.distributed.mesh import (
+    Mesh,
+    check_world,
+    choose_device,
+    close_mesh,
+    env_rank,
+    env_world_size,
+    init_mesh,
+    keep_freed_memory,
+)
 from fsdpsft.errors import UserError
 from fsdpsft.evaluate import token_losses
 from fsdpsft.flops import flop_count
@@ -130,6 +139,8 @@ def open_run(config: Config) -> Iterator[Run]:
         RunFailed: an error that is no user's mistake, or another process's; names rank and step.
     """
     data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+    # Before the lock, which makes the output folder: a mistake leaves none.
+    check_world(env_world_size(), config.ulysses_sequence_parallel_size, config.model.fsdp_config.replicate_size)
     alone = only_run_in(Path(config.trainer.default_local_dir)) if env_rank() == 0 else contextlib.nullcontext()
     with alone, _join(config, data) as run:
         yield run
