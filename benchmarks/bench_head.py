@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.bench_data import status
 from benchmarks.common import RESULTS, environment, hardware_name, write_json
 from fsdpsft.distributed.mesh import keep_freed_memory
 from fsdpsft.loss import cross_entropy_sum, default_chunk
@@ -117,12 +118,6 @@ def seconds(loss: Loss, data: tuple[Tensor, Tensor, Tensor]) -> float:
     return time.process_time() - start
 
 
-def status_mib(name: str) -> float:
-    """A line of this process's status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
 def peak_mib(name: str, shape: tuple[int, int], dtype: str, device: str) -> float:
     """Most memory of one run beyond the inputs; in a fresh process, whose kernels are warm from a small run."""
     loss, data = contenders(device)[name], tensors(*shape, DTYPES[dtype], device)
@@ -132,10 +127,10 @@ def peak_mib(name: str, shape: tuple[int, int], dtype: str, device: str) -> floa
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     torch.set_num_threads(1)
     run(loss, (data[0][:2].detach().requires_grad_(), data[1][:64].detach().requires_grad_(), data[2][:2] % 64))
-    resident = status_mib("VmRSS")
+    resident = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
     run(loss, data)
-    return status_mib("VmHWM") - resident
+    return status("VmHWM") - resident
 
 
 def compare(shape: tuple[int, int], dtype: str, device: str, rounds: int) -> dict[str, Any]:
