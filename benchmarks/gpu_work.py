@@ -166,21 +166,23 @@ def step_flops(case: StepCase, work: Work) -> float:
 def random_causal_lm(case: StepCase, device: torch.device, attention: str) -> PreTrainedModel:
     """The case's model with weights that depend on the seed alone, so that all contenders start from the same.
 
-    Values and outputs of attention are made large, or random weights would let the MLPs drown what attention does, and
-    the gate would not see a wrong one.
+    Matrices are drawn in float32 whatever the model's dtype, for which torch may draw other numbers. Values and outputs
+    of attention are made large, or random weights would let the MLPs drown what attention does, and the gate would not
+    see a wrong one.
     """
     config = Qwen2Config(
         max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=2, pad_token_id=0, use_cache=False,
-        initializer_range=0.04, **MODELS[case.model],
+        **MODELS[case.model],
     )  # fmt: skip
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if case.lora_rank else case.states
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("v_proj.weight", "o_proj.weight")):
-                parameter.mul_(3.0)
+            if parameter.ndim == 2:
+                deviation = 0.12 if name.endswith(("v_proj.weight", "o_proj.weight")) else 0.04
+                parameter.copy_(torch.randn(parameter.shape, device=device) * deviation)
     return model
 
 

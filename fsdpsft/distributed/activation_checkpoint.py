@@ -264,7 +264,8 @@ class HostRest:
         return hooks
 
     def _pack(self, tensor: Tensor) -> _Resting | Tensor:
-        if not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
+        # Some versions of torch's checkpoint save an empty tensor beside the inputs.
+        if not tensor.is_floating_point() or not tensor.numel() or isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.is_cuda:
             resting = self._send_out(tensor)
