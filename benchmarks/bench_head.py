@@ -59,16 +59,16 @@ def ligers(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def contenders(device: str) -> dict[str, Loss]:
+def contenders(device: str, vocabulary: int) -> dict[str, Loss]:
     """What can run here."""
     found: dict[str, Loss] = {
-        f"ours, chunks of {default_chunk(device)} (default)": ours(None),
+        f"ours, chunks of {default_chunk(device, vocabulary)} (default)": ours(None),
         "ours, one chunk": ours(POSITIONS),
         "full logits": full_logits,
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["torch, its own choice"] = torchs()
-        same = {"chunking_method": None, "batch_chunk_size": default_chunk(device)}
+        same = {"chunking_method": None, "batch_chunk_size": default_chunk(device, vocabulary)}
         found["torch, accurate, our chunks"] = torchs(acc_policy="accurate", acc_dtype=torch.float32, **same)
     if device == "cuda":
         try:
@@ -120,7 +120,7 @@ def seconds(loss: Loss, data: tuple[Tensor, Tensor, Tensor]) -> float:
 
 def peak_mib(name: str, shape: tuple[int, int], dtype: str, device: str) -> float:
     """Most memory of one run beyond the inputs; in a fresh process, whose kernels are warm from a small run."""
-    loss, data = contenders(device)[name], tensors(*shape, DTYPES[dtype], device)
+    loss, data = contenders(device, shape[1])[name], tensors(*shape, DTYPES[dtype], device)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         run(loss, data)
@@ -138,7 +138,7 @@ def compare(shape: tuple[int, int], dtype: str, device: str, rounds: int) -> dic
     data = tensors(*shape, DTYPES[dtype], device)
     expected = run(full_logits, tensors(*shape, torch.float32, device))
     rows: dict[str, dict[str, Any]] = {}
-    running = contenders(device)
+    running = contenders(device, shape[1])
     for name, loss in list(running.items()):
         difference = gate(run(loss, data), expected)
         rows[name] = {"difference": difference, "gate": "passed"}

@@ -142,13 +142,13 @@ def test_floating_point_operations(folder: Path) -> None:
 
 def test_head_rows_are_the_trained_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    whole = loss.head_logits
+    whole = loss._product
 
     def watched(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         rows.append(hidden.shape[0])
         return whole(hidden, *args)
 
-    monkeypatch.setattr(loss, "head_logits", watched)
+    monkeypatch.setattr(loss, "_product", watched)
     with open_run(settings(folder)) as run:
         step = run.loader.step(0)
         one_step(run, step)

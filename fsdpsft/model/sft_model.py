@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fsdpsft.errors import ModelError
 from fsdpsft.loss import cross_entropy_sum
 from fsdpsft.model.head import head_of
+from fsdpsft.model.tied_weight import tie_gradients
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class SFTModel(nn.Module):
         self.causal_lm = causal_lm
         self.head = head_of(causal_lm)
         self.head_chunk_tokens = head_chunk_tokens
+        self.tied = tie_gradients(causal_lm)
 
     def hidden_states(self, batch: ModelInput) -> Tensor:
         """Final hidden states [R, S, D]; of the wanted positions alone, [1, m, D], where the last block is trimmed."""
@@ -74,6 +76,7 @@ class SFTModel(nn.Module):
         return cross_entropy_sum(
             hidden, self.head.weight, self.head.bias, batch.targets, batch.loss_weights,
             formula=self.head.formula, chunk_size=self.head_chunk_tokens,
+            take_weight_gradient=None if self.tied is None else self.tied.put,
         )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[
 
 
 def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, float]:
-    """Bytes of one micro-batch's activations on a GPU, and of the logits that exist at one time."""
+    """Bytes of one micro-batch's activations on a GPU, of the logits that exist at one time, and of what they leave."""
     m, text = config.model, module.causal_lm.config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
     heads = text.num_attention_heads
@@ -129,9 +129,11 @@ def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, fl
         "selective": (inputs + results, max(attention, mlp)),
         "full": (inputs, max(attention, mlp) if apart else attention + mlp),
     }[mode]
-    vocabulary = module.head.weight.shape[0]
-    chunk = min(m.head_chunk_tokens or default_chunk("cuda"), tokens)
+    head = module.head.weight
+    vocabulary = head.shape[0]
+    chunk = min(m.head_chunk_tokens or default_chunk("cuda", vocabulary), tokens)
     return {
         "activations": float(tokens * (layers * kept + recomputed + 2 * compute * hidden)),
-        "logits of one chunk": float(chunk * vocabulary * (compute + 2 * torch.float32.itemsize)),
+        "logits of one chunk": float(chunk * vocabulary * compute),
+        "the head's gradient, whole": float(torch.float32.itemsize * head.numel() if head.requires_grad else 0),
     }

@@ -1,0 +1,77 @@
+"""One gradient for a weight that is embedding and head at once.
+
+Autograd makes two, each as large as the head, and adds them up; with a large vocabulary and a small model they are most
+of a step's memory. Here the head's gradient, which is ready first, waits for the embedding's backward, which adds the
+rows of its tokens to it. The sum is made in the precision in which the head's was added up, and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+
+class TiedGradient:
+    """Carries the head's gradient [V, D] to the embedding's backward."""
+
+    def __init__(self) -> None:
+        self._waiting: Tensor | None = None
+
+    def put(self, gradient: Tensor) -> None:
+        """Leave the head's gradient, which belongs to the embedding's backward from now on."""
+        assert self._waiting is None, "the embedding's backward never took the head's last gradient"
+        self._waiting = gradient
+
+    def take(self) -> Tensor | None:
+        """The gradient that waits, once."""
+        gradient, self._waiting = self._waiting, None
+        return gradient
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, tied: TiedGradient) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.tied, ctx.size = padding_idx, tied, weight.shape
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        gradient = ctx.tied.take()
+        if gradient is None:
+            gradient = grad_output.new_zeros(ctx.size)
+        rows = grad_output.to(gradient.dtype)
+        if ctx.padding_idx is not None:
+            rows = rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+        # Unlike index_add_, it adds in the same order each time on CUDA too.
+        gradient.index_put_((ids,), rows, accumulate=True)
+        return gradient.to(grad_output.dtype), None, None, None
+
+
+def tie_gradients(causal_lm: PreTrainedModel) -> TiedGradient | None:
+    """Let the embedding's backward finish the gradient of a weight that it shares with the head.
+
+    Returns:
+        Where the loss leaves the head's gradient; None where the two share no weight, or where the embedding does more
+        than look rows up, so that autograd's own way is the right one.
+    """
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
+    if not plain or embedding.weight is not getattr(head, "weight", None) or _special(embedding):
+        return None
+    tied = TiedGradient()
+    embedding.forward = lambda ids: _Embed.apply(  # type: ignore[no-untyped-call]
+        embedding.weight, ids, embedding.padding_idx, tied
+    )
+    return tied
+
+
+def _special(embedding: nn.Embedding) -> bool:
+    """Whether more happens at a look-up, or to its gradient, than rows and a padding id account for."""
+    return embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse

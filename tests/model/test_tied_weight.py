@@ -1,0 +1,118 @@
+"""The one gradient of a tied weight against the two that autograd makes and adds up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fsdpsft.batch import Sample, pack
+from fsdpsft.distributed.ulysses import shard
+from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
+from fsdpsft.model.attention_backends import attend_sdpa
+from fsdpsft.model.sft_model import ModelInput, SFTModel
+from fsdpsft.model.tied_weight import TiedGradient, tie_gradients
+from fsdpsft.testing import PeakMemory, tiny_model
+
+ROWS = [([0, 5, 9, 5, 0, 7, 301], [0, 0, 1, 1, 0, 1, 1]), ([5, 5, 8, 0], [0, 1, 1, 1])]
+BATCH = pack([Sample(np.array(ids), np.array(mask, bool), row) for row, (ids, mask) in enumerate(ROWS)], pad_token_id=0)
+
+
+def build(family: str = "qwen2", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    model = tiny_model(family, attn_implementation=IMPLEMENTATION, **changes).to(dtype)
+    model.get_input_embeddings().padding_idx = 0  # its gradient from the look-up is dropped, the head's is not
+    return model
+
+
+def run(model: PreTrainedModel, *, apart: bool, times: int = 1) -> Tensor:
+    """The embedding's gradient after so many backward passes; with autograd's own look-up if ``apart``."""
+    module = SFTModel(model).train()
+    if apart:
+        assert module.tied is not None
+        module.tied = None
+        del model.get_input_embeddings().forward
+    local = shard(BATCH, 0, 1)
+    for _ in range(times):
+        context = AttentionContext.of(BATCH, attend_sdpa, torch.device("cpu"), None)
+        module(ModelInput(
+            local.input_ids, local.position_ids, context, local.trained_index, local.targets, local.loss_weights
+        ))[0].backward()  # fmt: skip
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    return gradient
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_equals_autograds_sum(times: int) -> None:
+    expected = run(build(), apart=True, times=times)
+    found = run(build(), apart=False, times=times)
+    assert error(found, expected) < 1e-6
+    assert (found[0] != 0).any() and (found[301] != 0).any()
+
+
+def test_bfloat16_sum_is_rounded_once() -> None:
+    """Two rounded gradients and their rounded sum are further from the truth than one rounded sum."""
+    whole = build().bfloat16().double()  # the weights of the others, in arithmetic that rounds nothing
+    expected = run(whole, apart=True)
+    apart, together = (error(run(build(dtype=torch.bfloat16), apart=a), expected) for a in (True, False))
+    assert together <= apart < 0.05
+
+
+def test_the_head_gradient_is_the_one_that_the_weight_gets() -> None:
+    model = build(tie_word_embeddings=True)
+    kept: list[int] = []
+    module_put = TiedGradient.put
+
+    class Watched(TiedGradient):
+        def put(self, gradient: Tensor) -> None:
+            kept.append(gradient.data_ptr())
+            module_put(self, gradient)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fsdpsft.model.tied_weight.TiedGradient", Watched)
+        gradient = run(model, apart=False)
+    assert kept == [gradient.data_ptr()]
+
+
+def test_peak_memory_is_less_by_one_gradient() -> None:
+    peaks = []
+    for apart in (True, False):
+        model = build(vocab_size=20_000)
+        with PeakMemory() as memory:
+            run(model, apart=apart)
+        peaks.append(memory.peak)
+    assert peaks[0] - peaks[1] > 0.9 * model.get_input_embeddings().weight.nbytes
+
+
+def test_left_to_autograd() -> None:
+    """No weight in common; an embedding that scales its rows; one with rules of its own."""
+    assert tie_gradients(build(tie_word_embeddings=False)) is None
+    assert tie_gradients(build("gemma2")) is None
+    for rule, value in {"max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}.items():
+        model = build()
+        setattr(model.get_input_embeddings(), rule, value)
+        assert tie_gradients(model) is None
+        assert "forward" not in vars(model.get_input_embeddings())
+
+
+def test_a_look_up_that_no_head_follows() -> None:
+    model = build()
+    embedding, ids = model.get_input_embeddings(), torch.tensor([[3, 0, 3]])
+    assert tie_gradients(model) is not None
+    embedding(ids).sum().backward()
+    expected = torch.zeros_like(embedding.weight)
+    expected[3] = 2
+    assert torch.equal(embedding.weight.grad, expected)
+
+
+def test_a_gradient_that_nobody_took_is_an_error() -> None:
+    tied = TiedGradient()
+    tied.put(torch.zeros(2))
+    with pytest.raises(AssertionError, match="never took"):
+        tied.put(torch.zeros(2))
