@@ -116,6 +116,7 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--batch", type=int, default=16, help="rows of an optimiser step")
+    parser.add_argument("--rows-a-pass", type=int, default=8, help="for trainers that count in rows; 8: TRL's default")
     parser.add_argument("--steps", type=int, default=4, help="steps of a round, the gate's two included")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -123,6 +124,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a model that trains in milliseconds, to try the harness")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.batch % arguments.rows_a_pass:
+        parser.error(f"--rows-a-pass {arguments.rows_a_pass} does not divide --batch {arguments.batch}")
     names = [name for name in CONTENDERS if any(part in name for part in arguments.only)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -133,14 +136,17 @@ def main() -> int:
         order = Order((len(rows),), arguments.batch, seed=1)
         taken = [lines[i] for step in range(arguments.steps) for i in order.batch(step).tolist()]
         (folder / "ordered.jsonl").write_text("\n".join(taken))
-        (folder / "work.json").write_text(json.dumps({"batch": arguments.batch, "steps": arguments.steps}))
+        work = {"batch": arguments.batch, "rows_a_pass": arguments.rows_a_pass, "steps": arguments.steps}
+        (folder / "work.json").write_text(json.dumps(work))
         result: dict[str, Any] = {
             "what": "training step", "environment": environment(), "model": f"Qwen2, {parameters:,} parameters",
-            "vocabulary": arguments.vocab, "data": source, "batch": arguments.batch, "rounds": arguments.rounds,
+            "vocabulary": arguments.vocab, "data": source, "batch": arguments.batch,
+            "rows_a_pass": arguments.rows_a_pass, "rounds": arguments.rounds,
             "tokens": sum(len(ids) for ids, _ in rows), "trained_tokens": sum(sum(mask) for _, mask in rows),
             "tolerance": TOLERANCE, "results": {},
         }  # fmt: skip
         rows_a_step = "" if arguments.batch == 16 else f"-batch{arguments.batch}"
+        rows_a_step += "" if arguments.rows_a_pass == 8 else f"-pass{arguments.rows_a_pass}"
         out = arguments.out or RESULTS / f"{hardware_name()}-step-25m-vocab{arguments.vocab}{rows_a_step}.json"
         for dtype in arguments.dtypes:
             result["results"][dtype] = compare(folder, dtype, names, arguments)

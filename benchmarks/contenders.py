@@ -4,8 +4,8 @@
 
 Every contender starts from the same weights, takes the same AdamW, clip and constant rate, and, in its first two steps,
 the same rows; those two losses are the gate. FOLDER holds ``model/``, ``rows.jsonl``, ``ordered.jsonl`` (the same rows
-in the order in which fsdpsft takes them, for trainers that are told to go through a file) and ``work.json`` (batch:
-rows of a step; steps: how many in all).
+in the order in which fsdpsft takes them, for trainers that are told to go through a file) and ``work.json`` (batch: rows of a step;
+rows_a_pass: of a forward pass, where the trainer counts in rows; steps: how many in all).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
-DEVICE_BATCH = 8  # rows of a forward pass where the trainer counts in rows: transformers' and TRL's default
 GATE_STEPS = 2
 
 
@@ -105,7 +104,8 @@ def common_arguments(folder: Path, dtype: str, work: dict[str, Any]) -> dict[str
         "adam_beta2": BETAS[1], "adam_epsilon": EPS, "weight_decay": DECAY, "max_grad_norm": CLIP,
         "lr_scheduler_type": "constant", "bf16": dtype == "bf16", "use_cpu": not torch.cuda.is_available(),
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 0,
-        "per_device_train_batch_size": DEVICE_BATCH, "gradient_accumulation_steps": work["batch"] // DEVICE_BATCH,
+        "per_device_train_batch_size": work["rows_a_pass"],
+        "gradient_accumulation_steps": work["batch"] // work["rows_a_pass"],
         "train_sampling_strategy": "sequential", "optim": "adamw_torch_fused", "remove_unused_columns": False,
     }  # fmt: skip
 
@@ -251,8 +251,8 @@ def run_plain(folder: Path, dtype: str, work: dict[str, Any], clock: Clock) -> N
         mine = rows[step * batch : (step + 1) * batch]
         trained = sum(label != -100 for row in mine for label in row["labels"][1:])
         total = torch.zeros(())
-        for start in range(0, batch, DEVICE_BATCH):
-            inputs = padded_batch(mine[start : start + DEVICE_BATCH])
+        for start in range(0, batch, work["rows_a_pass"]):
+            inputs = padded_batch(mine[start : start + work["rows_a_pass"]])
             labels = inputs.pop("labels")
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -322,8 +322,14 @@ CONTENDERS: dict[str, Callable[..., None]] = {
         *a, NO_RECOMPUTE, "data.max_length=1024", "data.max_token_len_per_gpu=2048"
     ),
     "fsdpsft, no recomputation, whole last block": lambda *a: run_ours(*a, NO_RECOMPUTE, "model.trim_last_block=false"),
-    "fsdpsft, no recomputation, padded": lambda *a: run_ours(
-        *a, NO_RECOMPUTE, "use_remove_padding=false", f"data.micro_batch_size_per_gpu={DEVICE_BATCH}"
+    "fsdpsft, no recomputation, padded": lambda folder, dtype, work, clock: run_ours(
+        folder,
+        dtype,
+        work,
+        clock,
+        NO_RECOMPUTE,
+        "use_remove_padding=false",
+        f"data.micro_batch_size_per_gpu={work['rows_a_pass']}",
     ),
 }
 

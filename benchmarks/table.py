@@ -20,7 +20,8 @@ def step_table(result: dict[str, Any]) -> list[str]:
     environment, lines = result["environment"], []
     where = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
     lines.append(
-        f"{result['model']}, vocabulary {result['vocabulary']:,}, {result['data']}, {result['batch']} rows a step; "
+        f"{result['model']}, vocabulary {result['vocabulary']:,}, {result['data']}, {result['batch']} rows a step, "
+        f"{result['rows_a_pass']} a pass; "
         f"{where}; torch {environment['versions']['torch']}; load {environment['load'][0]}; {environment['commit']}\n"
     )
     for dtype, table in result["results"].items():

@@ -3,7 +3,7 @@
 Full logits [M, V] are never held: chunk by chunk, the head's product, the softmax, its gradient and the two gradient
 products are done in the forward, three matrix products in all and nothing kept for the backward but the gradients
 themselves (the method of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). A chunk's
-logits exist in the compute dtype alone; the softmax goes through them in float32 by pieces of the vocabulary. The head's
+logits exist in the compute dtype alone; the softmax takes them through float32 by pieces of the vocabulary. The head's
 weight gradient is accumulated in float32 over the chunks and rounded once.
 
 Shapes: M trained positions, D hidden size, V vocabulary (legend in ``batch.py``).

@@ -35,7 +35,7 @@ def test_lost_and_failed_contenders_stay_in_the_table() -> None:
     row = {"real_tokens_per_s": 5.0, "slowest": 4.0, "fastest": 6.0, "peak_gib": 1.0, "gate": "passed"}
     environment = {"gpu": None, "cpu": "x", "cores": 2, "versions": {"torch": "2"}, "load": [0.0], "commit": "c"}
     table = step_table({
-        "environment": environment, "model": "m", "vocabulary": 8, "data": "d", "batch": 2,
+        "environment": environment, "model": "m", "vocabulary": 8, "data": "d", "batch": 2, "rows_a_pass": 2,
         "results": {"fp32": {"slow": row, "fast": {**row, "real_tokens_per_s": 9.0}, "other": {"gate": "did not run"}}},
     })  # fmt: skip
     names = [line.split("|")[1].strip() for line in table if line.startswith("| ")]
