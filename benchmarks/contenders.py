@@ -4,8 +4,8 @@
 
 Every contender starts from the same weights, takes the same AdamW, clip and constant rate, and, in its first two steps,
 the same rows; those two losses are the gate. FOLDER holds ``model/``, ``rows.jsonl``, ``ordered.jsonl`` (the same rows
-in the order in which fsdpsft takes them, for trainers that are told to go through a file) and ``work.json`` (batch: rows of a step;
-rows_a_pass: of a forward pass, where the trainer counts in rows; steps: how many in all).
+in the order in which fsdpsft takes them, for trainers that are told to go through a file) and ``work.json`` (batch:
+rows of a step; rows_a_pass: of a forward pass, where the trainer counts in rows; steps: how many in all).
 """
 
 from __future__ import annotations
