@@ -104,9 +104,9 @@ class RowEncoder:
         """The user's reader of rows, one for each process."""
         return None if self.custom_cls is None else load_custom_rows(*self.custom_cls)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Token ids are below this."""
+        """Token ids are below this. Asked for with each row, and not at hand in every tokenizer."""
         return len(self.tokenizer)
 
     @property

@@ -325,15 +325,18 @@ def _usable_cores() -> int:
 def _string_together(folder: Path, tallies: Sequence[Tally]) -> None:
     """Make one file of each array's parts, in order, deleting the parts on the way; then the offsets."""
     for name in PART_ARRAYS:
-        with (folder / f"{name}.bin").open("wb") as whole:
-            for number in range(len(tallies)):
-                part = folder / f"part-{number:06d}.{name}"
-                with part.open("rb") as stream:
-                    shutil.copyfileobj(stream, whole, _BLOCK)
-                part.unlink()
+        _join([folder / f"part-{number:06d}.{name}" for number in range(len(tallies))], folder / f"{name}.bin")
     _accumulate(folder / "lengths.bin", COLUMNS["lengths"], folder / "offsets.bin")
     _accumulate(folder / "run_counts.bin", "<i8", folder / "run_offsets.bin")
     (folder / "run_counts.bin").unlink()
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, out, _BLOCK)
+            part.unlink()
 
 
 def _accumulate(counts: Path, dtype: str, offsets: Path) -> None:

@@ -190,7 +190,7 @@ class Job:
             DataError: the file is damaged.
         """
         source, shard = self.work[number]
-        tally, vocab_size = Tally(), self.encoder.vocab_size
+        tally = Tally()
 
         def refuse(fault: RowError) -> None:
             if self.options.on_bad_row == "error":
@@ -205,19 +205,24 @@ class Job:
         with PartWriter(self.folder, number, self.token_dtype) as part:
             for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
                 for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
-                    if isinstance(result, RowError):
-                        refuse(result)
-                        continue
-                    try:
-                        self._keep(part, tally, row, result, vocab_size)
-                    except RowError as fault:
-                        refuse(fault)
+                    self._keep_or(refuse, part, tally, row, result)
                 part.flush(tally)
                 tally.rows += len(rows)
                 advance(len(rows))
         return tally
 
-    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded], vocab_size: int) -> None:
+    def _keep_or(
+        self, refuse: Callable[[RowError], None], part: PartWriter, tally: Tally, row: Row,
+        result: Sequence[Encoded] | RowError,
+    ) -> None:  # fmt: skip
+        try:
+            if isinstance(result, RowError):
+                raise result
+            self._keep(part, tally, row, result)
+        except RowError as fault:
+            refuse(fault)
+
+    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded]) -> None:
         """Add a row's samples, as far as they may stay."""
         trained = [_is_trained(sample.loss_weights) for sample in samples]
         if not any(trained):
@@ -227,7 +232,7 @@ class Job:
                 NO_TRAINED_TOKEN,
             )
         for sample, is_trained in zip(samples, trained, strict=True):
-            _check_ids(row, sample, vocab_size)
+            _check_ids(row, sample, self.encoder.vocab_size)
             kept = truncate(sample, self.options, row)
             cut = len(sample.input_ids) > self.options.max_length
             if kept is None or not (_is_trained(kept[1]) if cut else is_trained):

@@ -107,7 +107,8 @@ class MasterWeights:
     """Mixed precision for one process: what FSDP2's policy does, without its wrappers.
 
     The module keeps its master weights; inside ``computing()`` their copies in the compute dtype stand in for them.
-    Each gradient of a copy is added to its master's, in the master's dtype, as soon as it exists.
+    Each gradient of a copy is added to its master's, in the master's dtype, as soon as it exists. What has one in that
+    dtype itself (the loss, of the head) hands it to the copy's ``take_gradient``, past autograd, which would round it.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -126,16 +127,20 @@ class MasterWeights:
     def _copy_of(self, master: nn.Parameter) -> nn.Parameter:
         copy = nn.Parameter(torch.empty_like(master, dtype=self._compute_dtype), requires_grad=master.requires_grad)
 
-        def add_gradient(working: Tensor) -> None:
-            assert working.grad is not None
+        def take(gradient: Tensor) -> None:
             if master.grad is None:
-                master.grad = working.grad.to(master.dtype)
+                master.grad = gradient.to(master.dtype)
             else:
-                master.grad += working.grad
-            working.grad = None
+                master.grad += gradient
+
+        def take_from(working: Tensor) -> None:
+            if working.grad is not None:  # else it was taken already
+                take(working.grad)
+                working.grad = None
 
         if master.requires_grad:
-            copy.register_post_accumulate_grad_hook(add_gradient)  # type: ignore[no-untyped-call]
+            copy.register_post_accumulate_grad_hook(take_from)  # type: ignore[no-untyped-call]
+            copy.take_gradient = take  # type: ignore[attr-defined]
         return copy
 
     def refresh(self) -> None:

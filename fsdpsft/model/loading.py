@@ -416,9 +416,13 @@ def _fill_converted(
         for name, value in converter.convert(conversion.target, model=reference, config=reference.config).items():
             whole = value[0] if isinstance(value, list) else value
             for tensor in targets.pop(name, ()):
-                if tensor.shape != whole.shape:
-                    raise ModelError(f"{path}: {name} is {list(whole.shape)}, the model's is {list(tensor.shape)}.")
-                local, offsets = local_block(tensor)
-                for dim, offset in enumerate(offsets):
-                    whole = whole.narrow(dim, offset, local.shape[dim])
-                local.copy_(whole)
+                _copy_own_part(tensor, whole, f"{path}: {name}")
+
+
+def _copy_own_part(tensor: Tensor, whole: Tensor, where: str) -> None:
+    if tensor.shape != whole.shape:
+        raise ModelError(f"{where} is {list(whole.shape)}, the model's is {list(tensor.shape)}.")
+    local, offsets = local_block(tensor)
+    for dim, offset in enumerate(offsets):
+        whole = whole.narrow(dim, offset, local.shape[dim])
+    local.copy_(whole)

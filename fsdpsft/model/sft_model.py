@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fsdpsft.errors import ModelError
 from fsdpsft.loss import cross_entropy_sum
 from fsdpsft.model.head import head_of
-from fsdpsft.model.tied_weight import tie_gradients
+from fsdpsft.model.tied_weight import taker, tie_gradients
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SFTModel(nn.Module):
         return cross_entropy_sum(
             hidden, self.head.weight, self.head.bias, batch.targets, batch.loss_weights,
             formula=self.head.formula, chunk_size=self.head_chunk_tokens,
-            take_weight_gradient=None if self.tied is None else self.tied.put,
+            take_weight_gradient=taker(self.head.weight) if self.tied is None else self.tied.put,
         )  # fmt: skip
 
 

@@ -1,18 +1,28 @@
-"""One gradient for a weight that is embedding and head at once.
+"""Where the gradient of the head's weight goes: one gradient for a weight that is embedding and head at once.
 
 Autograd makes two, each as large as the head, and adds them up; with a large vocabulary and a small model they are most
 of a step's memory. Here the head's gradient, which is ready first, waits for the embedding's backward, which adds the
-rows of its tokens to it. The sum is made in the precision in which the head's was added up, and rounded once.
+rows of its tokens to it. The sum is made in the precision in which the head's was added up, and rounded once, or not at
+all where the weight stands for a master in that precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+Take = Callable[[Tensor], None]
+
+
+def taker(weight: Tensor) -> Take | None:
+    """What takes a weight's gradient, in any precision and for good, in autograd's place; None where autograd does."""
+    take: Take | None = getattr(weight, "take_gradient", None)
+    return take
 
 
 class TiedGradient:
@@ -36,7 +46,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, tied: TiedGradient) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.tied, ctx.size = padding_idx, tied, weight.shape
+        ctx.padding_idx, ctx.tied, ctx.take, ctx.size = padding_idx, tied, taker(weight), weight.shape
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -51,7 +61,10 @@ class _Embed(torch.autograd.Function):
             rows = rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         # Unlike index_add_, it adds in the same order each time on CUDA too.
         gradient.index_put_((ids,), rows, accumulate=True)
-        return gradient.to(grad_output.dtype), None, None, None
+        if ctx.take is None:
+            return gradient.to(grad_output.dtype), None, None, None
+        ctx.take(gradient)
+        return None, None, None, None
 
 
 def tie_gradients(causal_lm: PreTrainedModel) -> TiedGradient | None:

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -304,20 +304,18 @@ def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, sk
 
 def _all_rows(parts: Sequence[Part], proof: Proof, skip_bad: bool) -> Iterator[tuple[int, Row]]:
     """(part, row) of every readable row; what cannot be read becomes a finding, and the next file is gone on with."""
-    for number, part in enumerate(parts):
-        for file in part.source.files:
-            alone = Source(part.source.name, (file,), part.source.weight, part.source.row_format)
+    for number, file in ((number, file) for number, part in enumerate(parts) for file in part.source.files):
 
-            def note(fault: RowError, file: str = file) -> None:
-                proof.add(_refusal(file, fault, skip_bad))
-                proof.rows += 1
-                proof.failed_rows += not skip_bad
+        def note(fault: RowError, file: str = file) -> None:
+            proof.add(_refusal(file, fault, skip_bad))
+            proof.rows += 1
+            proof.failed_rows += not skip_bad
 
-            try:
-                for row in read_rows(alone, note):
-                    yield number, row
-            except DataError as fault:
-                proof.add(_refusal(file, RowError(str(fault)), skip_bad=False))
+        try:
+            for row in read_rows(replace(parts[number].source, files=(file,)), note):
+                yield number, row
+        except DataError as fault:
+            proof.add(_refusal(file, RowError(str(fault)), skip_bad=False))
 
 
 def _chosen(rows: Iterator[tuple[int, Row]], limit: int | None, available: int | None) -> Iterator[tuple[int, Row]]:

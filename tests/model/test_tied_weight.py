@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fsdpsft.batch import Sample, pack
+from fsdpsft.distributed.fsdp import MasterWeights
 from fsdpsft.distributed.ulysses import shard
+from fsdpsft.loss import _LinearCrossEntropy
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
 from fsdpsft.model.sft_model import ModelInput, SFTModel
@@ -26,6 +28,14 @@ def build(family: str = "qwen2", dtype: torch.dtype = torch.float32, **changes) 
     return model
 
 
+def loss_of(module: SFTModel) -> Tensor:
+    local = shard(BATCH, 0, 1)
+    context = AttentionContext.of(BATCH, attend_sdpa, torch.device("cpu"), None)
+    return module(ModelInput(
+        local.input_ids, local.position_ids, context, local.trained_index, local.targets, local.loss_weights
+    ))[0]  # fmt: skip
+
+
 def run(model: PreTrainedModel, *, apart: bool, times: int = 1) -> Tensor:
     """The embedding's gradient after so many backward passes; with autograd's own look-up if ``apart``."""
     module = SFTModel(model).train()
@@ -33,12 +43,8 @@ def run(model: PreTrainedModel, *, apart: bool, times: int = 1) -> Tensor:
         assert module.tied is not None
         module.tied = None
         del model.get_input_embeddings().forward
-    local = shard(BATCH, 0, 1)
     for _ in range(times):
-        context = AttentionContext.of(BATCH, attend_sdpa, torch.device("cpu"), None)
-        module(ModelInput(
-            local.input_ids, local.position_ids, context, local.trained_index, local.targets, local.loss_weights
-        ))[0].backward()  # fmt: skip
+        loss_of(module).backward()
     gradient = model.get_input_embeddings().weight.grad
     assert gradient is not None
     return gradient
@@ -116,3 +122,30 @@ def test_a_gradient_that_nobody_took_is_an_error() -> None:
     tied.put(torch.zeros(2))
     with pytest.raises(AssertionError, match="never took"):
         tied.put(torch.zeros(2))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_master_gets_the_sum_unrounded(tied: bool) -> None:
+    """Behind a bfloat16 copy stands a float32 master: the head's gradient reaches it as it was added up."""
+    model, seen = build(tie_word_embeddings=tied), []
+    module = SFTModel(model).train()
+    masters = MasterWeights(module, torch.bfloat16)
+    head = model.get_output_embeddings().weight
+    backward = _LinearCrossEntropy.backward
+
+    def watched(ctx, *gradients):
+        seen.append(ctx.gradients.weight.data_ptr())
+        return backward(ctx, *gradients)
+
+    with pytest.MonkeyPatch.context() as patch, masters.computing():
+        patch.setattr(_LinearCrossEntropy, "backward", staticmethod(watched))
+        (loss_of(module) / 3).backward()
+    assert head.grad.dtype == torch.float32 and seen == [head.grad.data_ptr()]
+    assert (head.grad != head.grad.bfloat16()).any()
+    once = head.grad.clone()
+    with masters.computing():
+        (loss_of(module) / 3).backward()
+    torch.testing.assert_close(head.grad, 2 * once)
+    exact = build(tie_word_embeddings=tied).bfloat16().double()
+    (loss_of(SFTModel(exact).train()) / 3).backward()
+    assert error(once, exact.get_output_embeddings().weight.grad) < 0.05
