@@ -70,5 +70,6 @@ def require_space(folder: Path, needed: int, reserve: int = 64 << 20) -> None:
     if needed + reserve > free:
         raise CheckpointError(
             f"{folder}: the checkpoint needs {needed:,} bytes (and {reserve:,} to spare), but {free:,} are free. "
-            f"Earlier checkpoints are untouched. Free some space, or keep fewer checkpoints (trainer.max_ckpt_to_keep)."
+            f"Earlier checkpoints are untouched. Free some space (those of earlier runs stay there, as "
+            f"aside_global_step_N, until you delete them), or keep fewer checkpoints (trainer.max_ckpt_to_keep)."
         )
