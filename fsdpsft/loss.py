@@ -3,8 +3,8 @@
 Full logits [M, V] are never held: chunk by chunk, the head's product, the softmax, its gradient and the two gradient
 products are done in the forward, three matrix products in all and nothing kept for the backward but the gradients
 themselves (the method of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). A chunk's
-logits exist in the compute dtype alone; the softmax takes them through float32 by pieces of the vocabulary. The head's
-weight gradient is accumulated in float32 over the chunks and rounded once.
+logits exist in the compute dtype alone; the softmax takes them through float32 a few rows at a time. The head's weight
+gradient is accumulated in float32 over the chunks and rounded once.
 
 Shapes: M trained positions, D hidden size, V vocabulary (legend in ``batch.py``).
 """
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Width of the softmax's pieces of the vocabulary: on CPU, of 512 rows one is 4 MiB.
-_CPU_COLUMNS, _COLUMNS = 2048, 16384
+# Logits that the softmax holds in float32 at one time: on CPU 4 MiB, which stay in the cache from pass to pass.
+_CPU_PIECE, _PIECE = 2**20, 2**25
+_COLUMNS = 8192  # of the vocabulary, whose gradients wait in the compute dtype to be added up in float32
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class HeadFormula:
 
 
 def _apply(formula: HeadFormula, product: Tensor) -> Tensor:
-    """Logits in at least float32 of the head's product [m, v]: the product itself where nothing is to be done."""
-    logits = product.to(torch.promote_types(product.dtype, torch.float32))
+    """Logits of the head's product [m, v], in at least float32; the product itself where nothing is to be done."""
+    logits, accurate = product, torch.promote_types(product.dtype, torch.float32)
     if formula.scale != 1.0:
-        logits = logits * formula.scale
+        logits = logits.to(accurate) * formula.scale
     if formula.softcap is not None:
-        logits = (logits / formula.softcap).tanh_().mul_(formula.softcap)
+        logits = (logits.to(accurate) / formula.softcap).tanh_().mul_(formula.softcap)
     return logits
 
 
@@ -51,13 +52,10 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, formula: He
     return _apply(formula, torch.nn.functional.linear(hidden, weight, bias)).float()
 
 
-def _columns(vocabulary: int, device_type: str) -> list[slice]:
-    """The vocabulary in pieces, through which the softmax and the rounding of its gradient go one after another.
-
-    So only one piece at a time exists in float32, and on CPU what a pass over it writes is in the cache for the next.
-    """
-    width = _CPU_COLUMNS if device_type == "cpu" else _COLUMNS
-    return [slice(start, start + width) for start in range(0, vocabulary, width)]
+def _slices(total: int, size: int) -> list[slice]:
+    """``range(total)`` in pieces of ``size``, at least 1; the last may be smaller."""
+    size = max(size, 1)
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 @dataclass(frozen=True)
@@ -73,51 +71,46 @@ class _Gradients:
     weight: Tensor | None
     bias: Tensor | None
 
-    def add(self, part: slice, gradient: Tensor, hidden: Tensor, weight: Tensor, columns: list[slice]) -> None:
-        """Take in the gradient [m, V] of the head's product at ``part``, which came from ``hidden`` [m, D]."""
+    def add(self, part: slice, gradient: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Take in ``factor`` [m, 1] times the gradient [m, V] of the product at ``part``, from ``hidden`` [m, D].
+
+        The factor goes to the narrow side of each product.
+        """
+        factor = factor.to(gradient.dtype)
         if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+            self.bias.add_(torch.mm(gradient.t(), factor).squeeze(1))
         if self.hidden is not None:
-            torch.mm(gradient, weight, out=self.hidden[part])
+            torch.mm(gradient, weight, out=self.hidden[part]).mul_(factor)
         if self.weight is None:
             return
+        hidden = hidden * factor
         if self.weight.dtype == gradient.dtype:
             self.weight.addmm_(gradient.t(), hidden)
         else:
-            for column in columns:
+            for column in _slices(len(weight), _COLUMNS):
                 self.weight[column].add_(torch.mm(gradient[:, column].t(), hidden))
 
 
-def _softmax(
-    product: Tensor, targets: Tensor, weights: Tensor, formula: HeadFormula, columns: list[slice]
-) -> Tensor:  # fmt: skip
-    """Cross-entropies [m] of targets [m]; the head's product [m, V] becomes the gradient of their weighted sum.
+def _softmax(product: Tensor, targets: Tensor, formula: HeadFormula) -> Tensor:
+    """Cross-entropies [m] of targets [m]; the product [m, V] becomes their gradients, but for the formula's scale.
 
-    One pass of exponentials serves both: each piece's are kept relative to its own largest logit and brought to the
-    softmax by one factor for each row. The targets' own gradients, near zero where a token is certain, are set apart.
+    A few rows at a time, so that no more than these exist in float32. The targets' own gradients, near zero where a
+    token is certain, are set apart.
     """
-    targets = targets[:, None]
-    chosen = _apply(formula, product.gather(1, targets))
-    weights = weights[:, None].to(chosen.dtype)
-    pieces = []
-    for column in columns:
-        logits = _apply(formula, product[:, column])
-        largest = logits.amax(dim=-1, keepdim=True)
+    accurate = torch.promote_types(product.dtype, torch.float32)
+    losses = product.new_empty(len(product), dtype=accurate)
+    piece = _CPU_PIECE if product.device.type == "cpu" else _PIECE
+    for rows in _slices(len(product), piece // product.shape[1]):
+        chosen, logits = targets[rows, None], _apply(formula, product[rows])
         slope = _slope(formula, logits)
-        logits.sub_(largest).exp_()
-        pieces.append((largest, logits.sum(dim=-1, keepdim=True)))
+        log_p = torch.log_softmax(logits, -1, dtype=accurate)
+        at_target = log_p.gather(1, chosen)
+        losses[rows] = -at_target.squeeze(1)
+        gradient = torch.exp(log_p, out=product[rows] if slope is None else log_p)
+        gradient.scatter_(1, chosen, torch.expm1(at_target).to(gradient.dtype))
         if slope is not None:
-            logits.mul_(slope)
-        if logits.dtype != product.dtype or formula != HeadFormula():  # else it is that piece of the product
-            product[:, column] = logits
-    log_total = torch.cat([largest + total.log() for largest, total in pieces], -1).logsumexp(-1, keepdim=True)
-    for column, (largest, _) in zip(columns, pieces, strict=True):
-        product[:, column].mul_(weights * formula.scale * (largest - log_total).exp())
-    at_target = weights * formula.scale * torch.expm1(chosen - log_total)
-    slope = _slope(formula, chosen)
-    at_target = at_target if slope is None else at_target * slope
-    product.scatter_(1, targets, at_target.to(product.dtype))
-    return (log_total - chosen).squeeze(1)
+            torch.mul(gradient, slope, out=product[rows])
+    return losses
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
@@ -142,14 +135,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight, dtype=accumulate) if needs_weight else None,
             torch.zeros_like(bias, dtype=accumulate) if needs_bias and bias is not None else None,
         )
-        columns = _columns(weight.shape[0], hidden.device.type)
         # One room for all chunks: blocks of this size, asked for and freed by each, would be torn apart by small ones.
         room = hidden.new_empty(min(chunk_size, len(hidden)), weight.shape[0])
-        for start in range(0, len(hidden), chunk_size):
-            part = slice(start, start + chunk_size)
+        for part in _slices(len(hidden), chunk_size):
             product = _product(hidden[part], weight, bias, room)
-            token_losses[part] = _softmax(product, targets[part], weights[part], formula, columns)
-            gradients.add(part, product, hidden[part], weight, columns)
+            token_losses[part] = _softmax(product, targets[part], formula)
+            gradients.add(part, product, weights[part, None] * formula.scale, hidden[part], weight)
         # Not saved but handed over: with no other owner left, autograd keeps what the backward returns. Of a saved
         # tensor it would make a copy, as large as the head.
         ctx.gradients, ctx.dtype, ctx.take_weight_gradient = gradients, hidden.dtype, take_weight_gradient
