@@ -5,12 +5,15 @@ AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+# Elements that ``MixedAdamW`` updates at one time: on CPU their five float32 copies stay in the cache.
+_CPU_PIECE, _PIECE = 2**18, 2**25
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -61,18 +64,31 @@ class MixedAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=self._state_dtype)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._state_dtype)
                 state["step"] += 1
-                moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
-                _adamw_update(_local(parameter), _local(parameter.grad), *moments, group, int(state["step"]))
+                tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+                for pieces in _pieces(*(_local(tensor) for tensor in tensors)):
+                    _adamw_update(pieces, group, int(state["step"]))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _adamw_update(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, group: dict[str, Any], step: int
-) -> None:
-    """One elementwise AdamW update, in place, in float32 whatever the tensors' own dtypes."""
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike into pieces of whole rows, so that float32 copies are small beside a weight."""
+    rows_of = [tensor if tensor.ndim else tensor[None] for tensor in tensors]
+    size = _CPU_PIECE if tensors[0].device.type == "cpu" else _PIECE
+    rows = max(1, size // max(1, rows_of[0][:1].numel()))
+    for start in range(0, len(rows_of[0]), rows):
+        yield tuple(tensor[start : start + rows] for tensor in rows_of)
+
+
+def _adamw_update(tensors: tuple[Tensor, ...], group: dict[str, Any], step: int) -> None:
+    """One elementwise AdamW update, in place, in float32 whatever the tensors' own dtypes.
+
+    Args:
+        tensors: parameter, gradient, first and second moment.
+    """
+    parameter, gradient, first, second = tensors
     beta1, beta2 = group["betas"]
     gradient = gradient.float()
     mean = first.float().lerp_(gradient, 1 - beta1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fsdpsft import optim
 from fsdpsft.optim import MixedAdamW, build_optimizer, clip_grad_norm, parameter_groups, set_lr
 from tests.parity.reference import SlowAdamW
 
@@ -53,6 +54,28 @@ def test_equals_the_formula(dtype: torch.dtype, state_dtype: torch.dtype, tolera
         torch.testing.assert_close(parameter.double(), expected, rtol=tolerance, atol=tolerance)
     state = optimizer.state[next(model.parameters())]
     assert state["exp_avg"].dtype == state_dtype and state["exp_avg_sq"].dtype == state_dtype
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (7, 3), (4, 2, 3), (0, 3)])
+def test_an_update_in_pieces_is_the_update(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    def stepped() -> torch.Tensor:
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(shape))
+        optimizer = MixedAdamW(
+            [{"params": [parameter]}], lr=0.1, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.bfloat16
+        )
+        for _ in range(3):
+            parameter.grad = torch.randn(shape)
+            optimizer.step()
+        return parameter.detach()
+
+    whole = stepped()
+    monkeypatch.setattr(optim, "_CPU_PIECE", 6)
+    updates = []
+    update = optim._adamw_update
+    monkeypatch.setattr(optim, "_adamw_update", lambda ts, *rest: updates.append(ts[0].numel()) or update(ts, *rest))
+    assert torch.equal(stepped(), whole)
+    assert max(updates, default=0) <= 6 and sum(updates) == 3 * whole.numel()
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
