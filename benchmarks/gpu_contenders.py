@@ -50,7 +50,7 @@ from fsdpsft.metrics import peak_flops
 from fsdpsft.model import block_parts
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
-from fsdpsft.model.kernels import apply_liger
+from fsdpsft.model.kernels import apply_liger, fuse_norms
 from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.lora import LoraSettings, apply_lora
 from fsdpsft.model.sft_model import SFTModel, decoder_blocks
@@ -89,7 +89,7 @@ class Session:
 def build_ours(check: Check, case: StepCase, **changes: Any) -> ParallelModel:
     """The case's model, set up in the order of ``parallelize.py`` but for its random weights.
 
-    Changes: ``recompute``, ``trim``, ``compiled``, ``liger``, ``mlp_tiles``.
+    Changes: ``recompute``, ``trim``, ``compiled``, ``liger``, ``fused_norms``, ``mlp_tiles``.
     """
     dtype = torch.bfloat16
     causal_lm = random_causal_lm(case, check.device, IMPLEMENTATION)
@@ -98,6 +98,8 @@ def build_ours(check: Check, case: StepCase, **changes: Any) -> ParallelModel:
         fill_adapters(causal_lm)
     if changes.get("liger", False):
         apply_liger(causal_lm, check.device)
+    elif changes.get("fused_norms", True):
+        fuse_norms(causal_lm, check.device)
     backend = choose_backend("auto", requirements(causal_lm, check.device, dtype))
     blocks = decoder_blocks(causal_lm)
     trimmed = changes.get("trim", True) and trim_last_block(blocks[-1])
@@ -359,11 +361,12 @@ def contenders(check: Check, case: StepCase, *, ablation: bool = False) -> dict[
         found["TRL, stock (padded)"] = Contender(run_trl, [(None, "full")])
     if liger:
         found["fsdpsft, Liger"] = Contender(partial(run_ours, liger=True), [*ours])
-    if on_gpu:  # compiled blocks cannot be checkpointed selectively
-        compilable = [way for way in ours if way[1] != "selective"]
-        found["fsdpsft, compiled"] = Contender(partial(run_ours, compiled=True), [*compilable])
+    if on_gpu:
+        found["fsdpsft, compiled"] = Contender(partial(run_ours, compiled=True), [*ours])
     if ablation:
         found["fsdpsft, whole last block"] = Contender(partial(run_ours, trim=False), [*ours])
+    if ablation and on_gpu:
+        found["fsdpsft, the model's own norms"] = Contender(partial(run_ours, fused_norms=False), [*ours])
     return found
 
 

@@ -135,6 +135,8 @@ def build_model(
         _tell(causal_lm)
     if settings.use_liger:
         kernels.apply_liger(causal_lm, mesh.device)
+    else:
+        kernels.fuse_norms(causal_lm, mesh.device)
     backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
     attend = backend.attend if mesh.sp_group is None else ulysses.sequence_parallel(backend.attend, mesh.sp_group)
     module = SFTModel(causal_lm, settings.head_chunk_tokens)

@@ -1,8 +1,13 @@
-"""Liger's fused kernels for the elementwise parts of a model: RMSNorm, rotary embedding and gated MLP.
+"""Fused kernels for the elementwise parts of a model: torch's for RMSNorm, or Liger's for all it has.
 
-They read and write each activation once where the plain modules do so several times. Head and loss stay ours: Liger's
-cross-entropy variants are turned off. Which parts are replaced in a family is Liger's knowledge, reached through its
-own patching function; rotary embedding is replaced in the family's module, so for the whole process.
+They read and write each activation once where the plain modules do so several times, and keep less for the backward.
+
+torch's: ``torch.nn.functional.rms_norm``, one kernel forward and one backward on CUDA (from torch 2.9 on), which rounds
+once where transformers' modules round twice.
+
+Liger's: RMSNorm, rotary embedding and gated MLP. Head and loss stay ours: its cross-entropy variants are turned off.
+Which parts are replaced in a family is Liger's knowledge, reached through its own patching function; rotary embedding
+is replaced in the family's module, so for the whole process.
 """
 
 from __future__ import annotations
@@ -10,11 +15,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from fsdpsft.errors import ConfigError
+from fsdpsft.model.block_parts import stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -46,3 +55,65 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
 
 def _refusal(reason: str) -> ConfigError:
     return ConfigError(f"model.use_liger=true cannot be used: {reason}. Set model.use_liger=false.")
+
+
+def fuse_norms(model: PreTrainedModel, device: torch.device) -> int:
+    """Let every RMSNorm run in torch's fused kernel, in place; before what wraps the modules' forward.
+
+    A module is one if a copy of it with made-up weights does what ``rms_norm`` does; others (Gemma adds one to its
+    weights, layer norms subtract the mean) stay as they are. Nothing happens on devices for which torch has no such
+    kernel; it was slower in bfloat16 on CPU.
+
+    Returns:
+        How many were found.
+    """
+    if device.type != "cuda":
+        return 0
+    proven: dict[tuple[type[nn.Module], float, torch.Size], bool] = {}
+    found = 0
+    for module in model.modules():
+        weight, eps = _norm_of(module)
+        if weight is None:
+            continue
+        key = (type(module), eps, weight.shape)
+        if key not in proven:
+            proven[key] = _is_rms_norm(module, eps, weight.shape)
+        if proven[key]:
+            module.forward = _fused(module, eps)
+            found += 1
+    logger.info("RMSNorm in torch's fused kernel: %d modules", found)
+    return found
+
+
+def _norm_of(module: nn.Module) -> tuple[nn.Parameter | None, float]:
+    """Weight and epsilon of a module that could be an RMSNorm."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or "forward" in vars(module):
+        return None, 0.0
+    parameters = dict(module.named_parameters())
+    return (parameters["weight"], eps) if parameters.keys() == {"weight"} else (None, 0.0)
+
+
+@torch.no_grad()
+def _is_rms_norm(module: nn.Module, eps: float, shape: torch.Size) -> bool:
+    """Whether a copy of ``module`` in float32 on the host gives what ``rms_norm`` gives, on rows large and tiny."""
+    dice = torch.Generator().manual_seed(0)
+    copy = stand_in(module, {})
+    copy.weight = nn.Parameter(torch.rand(shape, generator=dice, device="cpu") + 0.5)
+    sizes = torch.tensor([30.0, 1.0, eps**0.5, 0.1 * eps**0.5])[:, None]  # the last are ruled by epsilon
+    rows = (torch.randn(4, *shape, generator=dice, device="cpu") + 0.3) * sizes
+    try:
+        own = copy(rows)
+    except (RuntimeError, TypeError, AttributeError):  # wants something else than hidden states
+        return False
+    fused = rms_norm(rows, shape, copy.weight, eps)
+    return isinstance(own, Tensor) and own.shape == fused.shape and torch.allclose(own, fused, rtol=1e-5, atol=1e-6)
+
+
+def _fused(module: nn.Module, eps: float) -> Callable[[Tensor], Tensor]:
+    def forward(hidden_states: Tensor) -> Tensor:
+        weight = module.weight  # looked up each time: it is gathered, or swapped for a copy, around the forward
+        assert isinstance(weight, Tensor)
+        return rms_norm(hidden_states, weight.shape, weight, eps)
+
+    return forward

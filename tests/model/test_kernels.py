@@ -1,4 +1,4 @@
-"""Liger kernels: applied to the model with our head left alone, or refused by name."""
+"""Liger's kernels are applied with our head left alone, or refused by name; torch's norm where it is the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,25 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
 
 from fsdpsft.errors import ConfigError
-from fsdpsft.model.kernels import apply_liger
+from fsdpsft.model import kernels
+from fsdpsft.model.kernels import apply_liger, fuse_norms
 
 CUDA = torch.device("cuda")
 MODEL = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
@@ -62,3 +78,80 @@ def test_cpu_and_a_missing_package_are_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="liger-kernel is not installed"):
         apply_liger(MODEL, CUDA)
+
+
+# ------------------------------------------------------------------------------------------------------- torch's norms
+
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 32, "head_dim": 8, "pad_token_id": 0, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def small(family: type[PreTrainedConfig]) -> PreTrainedModel:
+    """A small model of a family with weights of norms that are not all one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family(**SMALL))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "norms"), [(Qwen2Config, 5), (LlamaConfig, 5), (Qwen3Config, 9), (MistralConfig, 5)]
+)
+def test_plain_norms_are_fused_and_nothing_changes(monkeypatch, family, norms):
+    model, ids = small(family), torch.arange(20)[None]
+    model(ids).logits.logsumexp(-1).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert fuse_norms(model, CUDA) == norms
+    calls = []
+    monkeypatch.setattr(kernels, "rms_norm", lambda *a: calls.append(a) or F.rms_norm(*a))
+    model(ids).logits.logsumexp(-1).sum().backward()
+    assert len(calls) == norms
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [Gemma2Config, Gemma3TextConfig, GPT2Config, StableLmConfig])
+def test_other_norms_stay_as_they_are(family):
+    model = small(family)
+    forwards = [module.forward for module in model.modules()]
+    assert fuse_norms(model, CUDA) == 0
+    assert [module.forward for module in model.modules()] == forwards
+
+
+def test_norms_stay_as_they_are_on_cpu():
+    assert fuse_norms(small(Qwen2Config), torch.device("cpu")) == 0
+
+
+class Doubled(nn.RMSNorm):
+    """Twice what it looks like."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class WithoutEpsilon(nn.RMSNorm):
+    """The same but where epsilon rules."""
+
+    def forward(self, x):
+        return self.weight * x * x.square().mean(-1, keepdim=True).clamp(min=1e-9).rsqrt()
+
+
+@pytest.mark.parametrize("impostor", [Doubled, WithoutEpsilon])
+def test_a_norm_that_only_looks_like_one_is_found_out(impostor):
+    assert fuse_norms(nn.Sequential(impostor(8, eps=1e-5)), CUDA) == 0
+    assert fuse_norms(nn.Sequential(nn.RMSNorm(8, eps=1e-5)), CUDA) == 1
+
+
+def test_weights_that_are_swapped_later_are_the_ones_used():
+    model = nn.Sequential(nn.RMSNorm(8, eps=1e-5))
+    fuse_norms(model, CUDA)
+    rows = torch.randn(3, 8)
+    before = model(rows)
+    model[0].weight = nn.Parameter(torch.full((8,), 3.0))
+    torch.testing.assert_close(model(rows), 3 * before)
