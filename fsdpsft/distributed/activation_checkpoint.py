@@ -10,9 +10,9 @@ query heads and of all key or value heads), and what is made again then:
 
     none         everything: inputs of each product, norm and activation, in float32 where a norm works in it
     selective    the inputs of attention and of the MLP, 2 T D; results of their products but the last, Q + 2 K and 2 I
-                 a token; attention's output, Q a token; what came by an exchange. Norms, rotary embedding and the
-                 MLP's activation are made again, no product, attention or exchange is. Attention and MLP are units of
-                 their own: while one is made again and passed back, nothing of the other is alive
+                 a token; attention's output, Q a token; what came by an exchange. Norms, rotary embedding, the MLP's
+                 activation and what adapters add are made again, no other product, attention or exchange is. Attention
+                 and MLP are units of their own: while one is made again and passed back, nothing of the other is alive
     full         the block's input, T D; the whole block is made again, but for its last product. Two units would keep
                  T D more for each block to save the smaller one's intermediates once, which is worse in all but the
                  shallowest models (measured). Not so where kept inputs rest in host memory: then there are two
@@ -42,6 +42,9 @@ from torch.utils.checkpoint import checkpoint
 from fsdpsft.errors import ConfigError, ModelError
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
+FEW_TERMS = 256
+"""A product that sums no more of them is made as fast as its result is read back from memory: GPUs do some 250
+operations in the time of one byte."""
 PRODUCTS = frozenset({"mm", "addmm", "linear", "_grouped_mm", "_scaled_mm", "all_to_all_single"})
 
 Forward = Callable[..., Any]
@@ -163,7 +166,7 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _is_costly(func):  # detached, or they would keep the graph alive that keeps them
+        if _is_costly(func, args):  # detached, or they would keep the graph alive that keeps them
             self.results.append((func, tree_map_only(Tensor, Tensor.detach, result)))
         return result
 
@@ -172,7 +175,7 @@ class _Reuse(_Unit):  # type: ignore[no-untyped-call]
     """The recomputation: the same operators in the same order find their results made."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.results or not _is_costly(func):
+        if not self.results or not _is_costly(func, args):
             return func(*args, **(kwargs or {}))
         kept, result = self.results.popleft()
         assert kept is func, f"{func} is recomputed where {kept} ran: the forward pass must do the same each time"
@@ -182,8 +185,16 @@ class _Reuse(_Unit):  # type: ignore[no-untyped-call]
         return result
 
 
+def _is_costly(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator's result is kept: a product, unless it sums as few terms as an adapter's does."""
+    if not _may_be_costly(op):
+        return False
+    terms, columns = args[-1].shape if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) else (0, 0)
+    return not 0 < terms <= min(FEW_TERMS, columns // 16)
+
+
 @cache
-def _is_costly(op: Any) -> bool:
+def _may_be_costly(op: Any) -> bool:
     if isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
         return False  # the result is where its caller wants it, not what it returns
     name = getattr(op, "__name__", str(op)).split(".")[0]

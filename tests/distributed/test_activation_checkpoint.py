@@ -16,7 +16,7 @@ from fsdpsft.errors import ConfigError, ModelError
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
 from fsdpsft.model.block_parts import split
-from fsdpsft.model.lora import LoraSettings, apply_lora
+from fsdpsft.model.lora import LoraSettings, apply_lora, fill_adapters
 from fsdpsft.testing import PeakMemory, run_distributed, tiny_model
 
 SEQLENS = (30, 50, 48)
@@ -143,6 +143,16 @@ def test_selective_keeps_what_it_says(monkeypatch):
     kept = kept_by_selective(monkeypatch, build(num_hidden_layers=1))
     products = [("addmm", 64), ("addmm", 32), ("addmm", 32)]
     assert kept == [*products, *ATTENTION, ("mm", 96), ("mm", 96)]
+
+
+def test_selective_keeps_one_wide_result_of_an_adapted_layer(monkeypatch):
+    """The base's product and the adapter's narrow one; what the adapter adds is made again, the same to the bit."""
+    model = build(num_hidden_layers=1, intermediate_size=128)
+    apply_lora(model, LoraSettings(rank=4, alpha=8, target_modules=["up_proj"]))
+    fill_adapters(model, seed=0)
+    model.enable_input_require_grads()
+    kept = kept_by_selective(monkeypatch, model)
+    assert kept[-3:] == [("mm", 128), ("mm", 128), ("mm", 4)]  # gate, up, and A's for up
 
 
 def test_each_half_is_recomputed_when_its_own_turn_comes():
