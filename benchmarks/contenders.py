@@ -318,8 +318,8 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     "plain loop, padded": run_plain,
     "fsdpsft, defaults": run_ours,
     "fsdpsft, no recomputation": lambda *a: run_ours(*a, NO_RECOMPUTE),
-    "fsdpsft, no recomputation, 2,048 tokens a pass": lambda *a: run_ours(
-        *a, NO_RECOMPUTE, "data.max_length=1024", "data.max_token_len_per_gpu=2048"
+    "fsdpsft, full recomputation, head chunks of 128": lambda *a: run_ours(
+        *a, "model.enable_gradient_checkpointing=full", "model.head_chunk_tokens=128"
     ),
     "fsdpsft, no recomputation, whole last block": lambda *a: run_ours(*a, NO_RECOMPUTE, "model.trim_last_block=false"),
     "fsdpsft, no recomputation, padded": lambda folder, dtype, work, clock: run_ours(
