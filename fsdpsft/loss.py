@@ -58,6 +58,12 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
+def _few_rows(logits: Tensor) -> list[slice]:
+    """The rows of [m, V], as many at a time as may be in float32."""
+    piece = _CPU_PIECE if logits.device.type == "cpu" else _PIECE
+    return _slices(len(logits), piece // logits.shape[1])
+
+
 @dataclass(frozen=True)
 class _Gradients:
     """Gradients of the loss sum, filled chunk by chunk; None where not asked for.
@@ -74,16 +80,16 @@ class _Gradients:
     def add(self, part: slice, gradient: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Take in ``factor`` [m, 1] times the gradient [m, V] of the product at ``part``, from ``hidden`` [m, D].
 
-        The factor goes to the narrow side of each product.
+        The factor goes to the narrow side of each product; in float32, as rounding it would scale all gradients.
         """
-        factor = factor.to(gradient.dtype)
         if self.bias is not None:
-            self.bias.add_(torch.mm(gradient.t(), factor).squeeze(1))
+            for rows in _few_rows(gradient):
+                self.bias.add_((gradient[rows] * factor[rows]).sum(0))
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[part]).mul_(factor)
         if self.weight is None:
             return
-        hidden = hidden * factor
+        hidden = (hidden * factor).to(hidden.dtype)
         if self.weight.dtype == gradient.dtype:
             self.weight.addmm_(gradient.t(), hidden)
         else:
@@ -99,8 +105,7 @@ def _softmax(product: Tensor, targets: Tensor, formula: HeadFormula) -> Tensor:
     """
     accurate = torch.promote_types(product.dtype, torch.float32)
     losses = product.new_empty(len(product), dtype=accurate)
-    piece = _CPU_PIECE if product.device.type == "cpu" else _PIECE
-    for rows in _slices(len(product), piece // product.shape[1]):
+    for rows in _few_rows(product):
         chosen, logits = targets[rows, None], _apply(formula, product[rows])
         slope = _slope(formula, logits)
         log_p = torch.log_softmax(logits, -1, dtype=accurate)

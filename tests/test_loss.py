@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsdpsft import loss as loss_module
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
 from fsdpsft.testing import PeakMemory
 
@@ -50,6 +51,35 @@ def test_equals_full_logits(formula: HeadFormula, chunk_size: int, with_bias: bo
     for leaf, slow_leaf in zip(leaves, slow_leaves, strict=True):
         if leaf is not None:
             torch.testing.assert_close(leaf.grad.double(), slow_leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("formula", [HeadFormula(), HeadFormula(0.5, 2.0)])
+@pytest.mark.parametrize("piece", [1, 250, 1010])
+def test_the_rows_in_float32_at_one_time_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, formula: HeadFormula, piece: int
+) -> None:
+    found = []
+    for size in (2**20, piece):
+        monkeypatch.setattr(loss_module, "_CPU_PIECE", size)
+        leaves, targets, weights = inputs(torch.float32, True)
+        loss, token_losses = cross_entropy_sum(*leaves, targets, weights, formula=formula)
+        loss.backward()
+        found.append([token_losses, *(leaf.grad for leaf in leaves)])
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.1, 1 / 6])
+def test_weights_and_scale_are_not_rounded_to_bfloat16(factor: float) -> None:
+    """0.1 is 0.1001 in bfloat16, 1/6 is 0.1670: rounded, they would scale every gradient alike."""
+    norms = []
+    for weight_of_token in (1.0, factor):
+        (hidden, weight, _), targets, _ = inputs(torch.bfloat16, False, positions=300)
+        loss, _ = cross_entropy_sum(hidden, weight, None, targets, torch.full((300,), weight_of_token))
+        loss.backward()
+        norms.append([leaf.grad.double().norm() for leaf in (hidden, weight)])
+    for whole, scaled in zip(*norms, strict=True):
+        assert (scaled / whole).item() == pytest.approx(factor, rel=4e-4)
 
 
 def test_no_trained_position_gives_zero_and_zero_gradients() -> None:
