@@ -186,11 +186,11 @@ class _Reuse(_Unit):  # type: ignore[no-untyped-call]
 
 
 def _is_costly(op: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operator's result is kept: a product, unless it sums as few terms as an adapter's does."""
-    if not _may_be_costly(op):
-        return False
-    terms, columns = args[-1].shape if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) else (0, 0)
-    return not 0 < terms <= min(FEW_TERMS, columns // 16)
+    """Whether an operator's result is kept: a product, unless it sums few terms for its width, as an adapter's does."""
+    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        terms, columns = args[-1].shape
+        return terms > min(FEW_TERMS, columns // 16)  # type: ignore[no-any-return]
+    return _may_be_costly(op)
 
 
 @cache

@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,38 +70,31 @@ def fuse_norms(model: PreTrainedModel, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    proven: dict[tuple[type[nn.Module], float, torch.Size], bool] = {}
     found = 0
     for module in model.modules():
-        weight, eps = _norm_of(module)
-        if weight is None:
-            continue
-        key = (type(module), eps, weight.shape)
-        if key not in proven:
-            proven[key] = _is_rms_norm(module, eps, weight.shape)
-        if proven[key]:
+        eps = _epsilon(module)
+        if eps is not None and _is_rms_norm(module, eps):
             module.forward = _fused(module, eps)
             found += 1
     logger.info("RMSNorm in torch's fused kernel: %d modules", found)
     return found
 
 
-def _norm_of(module: nn.Module) -> tuple[nn.Parameter | None, float]:
-    """Weight and epsilon of a module that could be an RMSNorm."""
+def _epsilon(module: nn.Module) -> float | None:
+    """Epsilon of a module that could be an RMSNorm: one weight and nothing else; None of others."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or "forward" in vars(module):
-        return None, 0.0
-    parameters = dict(module.named_parameters())
-    return (parameters["weight"], eps) if parameters.keys() == {"weight"} else (None, 0.0)
+        return None
+    return eps if [name for name, _ in module.named_parameters()] == ["weight"] else None
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module, eps: float, shape: torch.Size) -> bool:
+def _is_rms_norm(module: nn.Module, eps: float) -> bool:
     """Whether a copy of ``module`` in float32 on the host gives what ``rms_norm`` gives, on rows large and tiny."""
-    dice = torch.Generator().manual_seed(0)
+    dice, shape = torch.Generator().manual_seed(0), module.get_parameter("weight").shape
     copy = stand_in(module, {})
     copy.weight = nn.Parameter(torch.rand(shape, generator=dice, device="cpu") + 0.5)
-    sizes = torch.tensor([30.0, 1.0, eps**0.5, 0.1 * eps**0.5])[:, None]  # the last are ruled by epsilon
+    sizes = torch.tensor([30.0, 1.0, eps**0.5, 0.1 * eps**0.5], device="cpu")[:, None]  # the last are ruled by epsilon
     rows = (torch.randn(4, *shape, generator=dice, device="cpu") + 0.3) * sizes
     try:
         own = copy(rows)
@@ -110,10 +104,9 @@ def _is_rms_norm(module: nn.Module, eps: float, shape: torch.Size) -> bool:
     return isinstance(own, Tensor) and own.shape == fused.shape and torch.allclose(own, fused, rtol=1e-5, atol=1e-6)
 
 
-def _fused(module: nn.Module, eps: float) -> Callable[[Tensor], Tensor]:
+def _fused(module: Any, eps: float) -> Callable[[Tensor], Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
         weight = module.weight  # looked up each time: it is gathered, or swapped for a copy, around the forward
-        assert isinstance(weight, Tensor)
         return rms_norm(hidden_states, weight.shape, weight, eps)
 
     return forward

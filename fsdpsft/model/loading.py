@@ -36,7 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from fsdpsft.errors import ModelError
-from fsdpsft.model.parameters import hf_name, is_adapter, local_block, retie, tied_groups
+from fsdpsft.model.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.model.tensor_files import TensorFiles, open_model_files
 
 logger = logging.getLogger(__name__)
@@ -416,13 +416,10 @@ def _fill_converted(
         for name, value in converter.convert(conversion.target, model=reference, config=reference.config).items():
             whole = value[0] if isinstance(value, list) else value
             for tensor in targets.pop(name, ()):
-                _copy_own_part(tensor, whole, f"{path}: {name}")
+                _require_shape(tensor, whole, f"{path}: {name}")
+                copy_own_part(tensor, whole)
 
 
-def _copy_own_part(tensor: Tensor, whole: Tensor, where: str) -> None:
+def _require_shape(tensor: Tensor, whole: Tensor, where: str) -> None:
     if tensor.shape != whole.shape:
         raise ModelError(f"{where} is {list(whole.shape)}, the model's is {list(tensor.shape)}.")
-    local, offsets = local_block(tensor)
-    for dim, offset in enumerate(offsets):
-        whole = whole.narrow(dim, offset, local.shape[dim])
-    local.copy_(whole)

@@ -28,7 +28,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fsdpsft.errors import ConfigError, ModelError
-from fsdpsft.model.parameters import full, hf_name, is_adapter, local_block, retie, tied_groups, without_wrappers
+from fsdpsft.model.parameters import (
+    copy_own_part,
+    full,
+    hf_name,
+    is_adapter,
+    local_block,
+    retie,
+    tied_groups,
+    without_wrappers,
+)
 from fsdpsft.model.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -233,7 +242,7 @@ def _adapted(layer: Any) -> Callable[[Tensor], Tensor]:
     """``W x + B (s A x)``, where peft computes ``W x + s (B (A x))``.
 
     Scaled where it is ``rank`` wide, and added by the product itself, an update costs no pass over the layer's output
-    of its own; peft's takes two forward and one backward, an eighth of a step on a GPU by their bytes.
+    of its own; peft's takes two forward and one backward (7 to 9 % of a 7B's step on a GPU, by their bytes).
     """
     plain = layer.forward
 
@@ -270,18 +279,10 @@ def fill_adapters(causal_lm: PreTrainedModel, *, seed: int, adapter_path: Path |
         if ".lora_B." in name:
             local_block(parameter)[0].zero_()
         elif ".lora_A." in name:
-            _copy_part(parameter, _initial_a(parameter.shape, f"{seed}:{peft_name(name)}"))
+            copy_own_part(parameter, _initial_a(parameter.shape, f"{seed}:{peft_name(name)}"))
         else:
             layer = causal_lm.get_submodule(name.partition(".lora_magnitude_vector.")[0])
-            _copy_part(parameter, full(_base_weight(layer)).float().norm(dim=_row_dim(layer)))
-
-
-def _copy_part(parameter: Tensor, whole: Tensor) -> None:
-    """Copy into a parameter of one or two dimensions the part of ``whole`` that this process keeps."""
-    local, offsets = local_block(parameter)
-    for dim, offset in enumerate(offsets):
-        whole = whole.narrow(dim, offset, local.shape[dim])
-    local.copy_(whole)
+            copy_own_part(parameter, full(_base_weight(layer)).float().norm(dim=_row_dim(layer)))
 
 
 def _initial_a(shape: torch.Size, key: str) -> Tensor:

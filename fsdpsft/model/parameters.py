@@ -57,6 +57,14 @@ def local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offsets)
 
 
+def copy_own_part(tensor: Tensor, whole: Tensor) -> None:
+    """Copy into a tensor the part of ``whole``, which has its full shape, that this process keeps."""
+    local, offsets = local_block(tensor)
+    for dim, offset in enumerate(offsets):
+        whole = whole.narrow(dim, offset, local.shape[dim])
+    local.copy_(whole)
+
+
 def full(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor, detached; collective where it is sharded."""
     if not isinstance(tensor, DTensor):

@@ -72,6 +72,11 @@ def merged_model(model: PreTrainedModel, base: Path) -> PreTrainedModel:
     return plain.eval()
 
 
+def close_to_peft(pefts: torch.Tensor, ours: torch.Tensor, *, dora: bool) -> None:
+    """The same to the bit where the layers are peft's own (DoRA); ours add an update within its product."""
+    torch.testing.assert_close(pefts, ours, rtol=0 if dora else 1e-5, atol=0 if dora else 1e-6)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -89,7 +94,7 @@ def test_start_merge_and_reload(tmp_path: Path, variant: str, tied: bool) -> Non
 
     write_adapter(model, tmp_path / "adapter", tmp_path)
     reopened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter").eval()
-    torch.testing.assert_close(reopened(IDS).logits, logits, rtol=1e-5, atol=1e-6)  # peft sums in another order
+    close_to_peft(reopened(IDS).logits, logits, dora=variant == "dora")
     names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert names == set(get_peft_model_state_dict(reopened))
     continued = adapted(tmp_path, tmp_path / "adapter", rank=0)
@@ -109,7 +114,7 @@ def test_families(tmp_path: Path, family: str, dora: bool) -> None:
     torch.testing.assert_close(merged_model(model, tmp_path)(IDS).logits, logits, rtol=1e-4, atol=2e-6)
     write_adapter(model, tmp_path / "adapter", tmp_path)
     reopened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter").eval()
-    torch.testing.assert_close(reopened(IDS).logits, logits, rtol=1e-5, atol=1e-6)  # peft sums in another order
+    close_to_peft(reopened(IDS).logits, logits, dora=dora)
 
 
 @torch.no_grad()
