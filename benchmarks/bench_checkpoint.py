@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from fsdpsft.checkpoint import CheckpointManager
-from fsdpsft.hf_export import Handoff
+from fsdpsft.checkpoint.export import Handoff
+from fsdpsft.checkpoint.manager import CheckpointManager
+from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.testing import run_distributed, save_tiny_model
-from fsdpsft.training_state import TrainState
 
 GIB = 2**30
 BLOCK = {

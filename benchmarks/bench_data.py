@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from fsdpsft.batch import Sample
-from fsdpsft.data.loader import Loader
-from fsdpsft.data.packing import Order, in_order_plan, measure, plan_step
-from fsdpsft.data.row_encoder import RowEncoder
-from fsdpsft.data.sources import resolve_sources
-from fsdpsft.data.token_store import TokenStore
-from fsdpsft.data.token_store_build import open_or_build
-from fsdpsft.data.token_store_parts import BuildOptions
+from fsdpsft.data.batches.loader import Loader
+from fsdpsft.data.batches.packing import Order, in_order_plan, measure, plan_step
+from fsdpsft.data.batches.store import TokenStore
+from fsdpsft.data.batches.store_build import open_or_build
+from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.mask.row_encoder import RowEncoder
+from fsdpsft.data.rows.sources import resolve_sources
 from fsdpsft.testing import tiny_tokenizer
 
 MIB = 1 << 20

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
+from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
 from fsdpsft.testing import run_distributed
 
 WIDTH = 1024

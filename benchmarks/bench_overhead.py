@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common import RESULTS, SHAPE_25M, environment, hardware_name, save_model, tokenized_rows, write_json
 from benchmarks.contenders import CLIP, NO_RECOMPUTE, our_config
-from fsdpsft.data.loader import Step
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.optim import set_lr
 from fsdpsft.run import Run, open_run
 from fsdpsft.train import train_step

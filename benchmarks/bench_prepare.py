@@ -44,11 +44,11 @@ TEMPLATE = (
 
 def ours(folder: Path, processes: int) -> dict[str, Any]:
     """Build a token store from the rows, the read of the file and the write of the store included."""
-    from fsdpsft.data.row_encoder import RowEncoder
-    from fsdpsft.data.sources import resolve_sources
-    from fsdpsft.data.token_store_build import open_or_build
-    from fsdpsft.data.token_store_parts import BuildOptions
-    from fsdpsft.model.loading import load_tokenizer
+    from fsdpsft.data.batches.store_build import open_or_build
+    from fsdpsft.data.batches.store_parts import BuildOptions
+    from fsdpsft.data.mask.row_encoder import RowEncoder
+    from fsdpsft.data.rows.sources import resolve_sources
+    from fsdpsft.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder / "model")
     start = time.perf_counter()

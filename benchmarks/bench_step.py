@@ -32,7 +32,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.contenders import CONTENDERS, GATE_STEPS
-from fsdpsft.data.packing import Order
+from fsdpsft.data.batches.packing import Order
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3}
 STOCK = "TRL SFTTrainer, stock"

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from fsdpsft.data.row_encoder import RowEncoder
-from fsdpsft.data.sources import read_rows, resolve_sources
+from fsdpsft.data.mask.row_encoder import RowEncoder
+from fsdpsft.data.rows.sources import read_rows, resolve_sources
 from fsdpsft.testing import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -288,7 +288,7 @@ def run_ours(folder: Path, dtype: str, work: dict[str, Any], clock: Clock, *chan
     """fsdpsft: ``train()`` as it is, with a clock around its step."""
     import importlib
 
-    from fsdpsft.data.loader import Step
+    from fsdpsft.data.batches.loader import Step
 
     module: Any = importlib.import_module("fsdpsft.train")
     train_step = module.train_step

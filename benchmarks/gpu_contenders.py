@@ -42,7 +42,7 @@ from benchmarks.gpu_work import (
     step_flops,
 )
 from fsdpsft.batch import Sample
-from fsdpsft.data.loader import Step
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.distributed import activation_checkpoint
 from fsdpsft.distributed.fsdp import MasterWeights
 from fsdpsft.distributed.mesh import init_mesh

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from fsdpsft.checkpoint.folder import RunFolder
+from fsdpsft.checkpoint.manifest import verify
 from fsdpsft.errors import CheckpointError
-from fsdpsft.storage.manifest import verify
-from fsdpsft.storage.run_folder import RunFolder
 from tests.e2e.killing import STEPS_PER_EPOCH, Moment, command, curve, differences, make_inputs, run_and_kill
 
 RESULT = Path(__file__).parent / "results" / "torture.json"

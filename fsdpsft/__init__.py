@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fsdpsft.config import Config, load_config
+from fsdpsft.config.load import Config, load_config
 
 if TYPE_CHECKING:
     from fsdpsft.train import train

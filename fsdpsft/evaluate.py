@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsdpsft.batch import Sample, pack
-from fsdpsft.data.loader import Loader
+from fsdpsft.data.batches.loader import Loader
 from fsdpsft.metrics import by_source
 from fsdpsft.parallelize import ParallelModel
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fsdpsft.batch import PackedBatch
-from fsdpsft.config import ModelConfig
+from fsdpsft.config.load import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
@@ -31,7 +31,7 @@ from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, ch
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.head import prove_head
 from fsdpsft.model.last_block import trim_last_block
-from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
+from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_blocks, resolve_dtype
 
 log = logging.getLogger(__name__)

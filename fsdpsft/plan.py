@@ -1,95 +1,10 @@
-"""What a run will do, before any GPU is asked for: steps, packing, balance, learning rate, memory, FLOPs.
-
-python -m fsdpsft.plan <the keys of the training> plan.world_size=8 plan.gpu=H100
-"""
-
-from __future__ import annotations
+"""What a run will do: ``python -m fsdpsft.plan``, see ``fsdpsft/tools/plan.py``."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from fsdpsft.config import Config
-from fsdpsft.errors import ConfigError
-from fsdpsft.metrics import PEAK_FLOPS
-from fsdpsft.prepare import prepare_data
-from fsdpsft.report.facts import length_histogram, source_facts
-from fsdpsft.report.footprint import Footprint, estimate
-from fsdpsft.report.run_plan import RunPlan, plan_run
-from fsdpsft.report.terminal import (
-    Style,
-    curve_text,
-    footprint_text,
-    histogram_text,
-    plan_text,
-    sources_text,
-)
-from fsdpsft.report.tool_keys import run_tool, whole_number
+from fsdpsft.tools.plan import main
 
-USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
-
-  plan.world_size=8           GPUs, all nodes together
-  plan.gpu=H100               their kind: {", ".join(PEAK_FLOPS)}
-  plan.mfu=0.4                share of their bfloat16 peak to count on
-
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The tool's own settings; see ``USAGE``."""
-
-    world_size: int = 8
-    gpu: str = "H100"
-    mfu: float = 0.4
-
-    @classmethod
-    def parse(cls, values: dict[str, str]) -> Options:
-        """Read the values of ``plan.*``.
-
-        Raises:
-            ConfigError: one of them is not usable.
-        """
-        given = {**values}
-        world_size = whole_number("plan.world_size", given.pop("world_size", str(cls.world_size)), least=1)
-        gpu, share = given.pop("gpu", cls.gpu), given.pop("mfu", str(cls.mfu))
-        if gpu not in PEAK_FLOPS:
-            raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
-        try:
-            mfu = float(share)
-        except ValueError as error:
-            raise ConfigError(f"plan.mfu={share} is not a number") from error
-        if not 0 < mfu <= 1:
-            raise ConfigError(f"plan.mfu={share} must be above 0 and at most 1")
-        return cls(world_size, gpu, mfu)
-
-
-def plan(config: Config, options: Options) -> tuple[RunPlan, Footprint]:
-    """Tokenise what is not tokenised yet, plan the run of ``config`` and print the plan.
-
-    Raises:
-        UserError: settings or data that training would refuse.
-    """
-    data = prepare_data(config)
-    run = plan_run(config, data, [options.world_size])
-    footprint = estimate(config, data, run, gpus=options.world_size, gpu=options.gpu, mfu=options.mfu)
-    style = Style(colour=sys.stdout.isatty())
-    sources = source_facts(data.train, "train", [source.weight for source in data.sources])
-    for part in (
-        sources_text(sources, style),
-        histogram_text(length_histogram(data.train.lengths), style),
-        plan_text(run, style),
-        curve_text(run, style),
-        footprint_text(footprint, style),
-    ):
-        sys.stdout.write(part)
-    return run, footprint
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m fsdpsft.plan``: 0, or 1 after a user's mistake."""
-    return run_tool("plan", USAGE, Options, plan, arguments)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

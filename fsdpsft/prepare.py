@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from fsdpsft.config import Config, DataConfig
-from fsdpsft.data.conversation import RowFormat
-from fsdpsft.data.row_encoder import RowEncoder
-from fsdpsft.data.sources import Source, resolve_sources
-from fsdpsft.data.token_store import TokenStore
-from fsdpsft.data.token_store_build import open_or_build
-from fsdpsft.data.token_store_parts import BuildOptions
+from fsdpsft.config.load import Config, DataConfig
+from fsdpsft.data.batches.store import TokenStore
+from fsdpsft.data.batches.store_build import open_or_build
+from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.mask.row_encoder import RowEncoder
+from fsdpsft.data.rows.conversation import RowFormat
+from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.distributed.mesh import env_local_rank, env_rank
 from fsdpsft.errors import ConfigError, DataError
-from fsdpsft.model.loading import load_tokenizer, resolve_model_path
+from fsdpsft.model.load import load_tokenizer, resolve_model_path
 
 log = logging.getLogger(__name__)
 

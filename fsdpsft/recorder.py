@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fsdpsft.data.loader import Step
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.errors import UserError
 from fsdpsft.metrics import Throughput, Trackers, by_source
 

@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fsdpsft.checkpoint import Adapter, CheckpointManager
-from fsdpsft.config import Config, parse_size, to_yaml
-from fsdpsft.data.loader import Loader, SampleStore, Step
+from fsdpsft.checkpoint.export import Handoff, Probe
+from fsdpsft.checkpoint.folder import only_run_in
+from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
+from fsdpsft.checkpoint.state import TrainState, check_config, read_state
+from fsdpsft.config.load import Config, parse_size, to_yaml
+from fsdpsft.data.batches.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
 from fsdpsft.distributed.mesh import (
     Mesh,
@@ -32,19 +35,16 @@ from fsdpsft.distributed.mesh import (
 )
 from fsdpsft.errors import UserError
 from fsdpsft.evaluate import token_losses
-from fsdpsft.flops import flop_count
-from fsdpsft.hf_export import Handoff, Probe
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
+from fsdpsft.model.flops import flop_count
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
 from fsdpsft.signals import Stopped, StopSignal
-from fsdpsft.storage.run_folder import only_run_in
-from fsdpsft.training_state import TrainState, check_config, read_state
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import torch
 
-from fsdpsft.cli import run_command
-from fsdpsft.config import Config
-from fsdpsft.data.loader import Step
+from fsdpsft.config.cli import run_command
+from fsdpsft.config.load import Config
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.evaluate import evaluate
 from fsdpsft.optim import clip_grad_norm, set_lr
 from fsdpsft.parallelize import ParallelModel

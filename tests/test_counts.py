@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fsdpsft import load_config, loss
-from fsdpsft.config import Config
-from fsdpsft.data.loader import Step
+from fsdpsft.config.load import Config
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.run import Run, open_run
 from fsdpsft.testing import run_distributed, save_tiny_model
 from fsdpsft.train import train_step

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fsdpsft.config import load_config
-from fsdpsft.data.loader import Loader
-from fsdpsft.data.token_store import TokenStore
+from fsdpsft.config.load import load_config
+from fsdpsft.data.batches.loader import Loader
+from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.evaluate import evaluate
 from fsdpsft.parallelize import build_model

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fsdpsft.data.loader import Step
-from fsdpsft.flops import FlopCount
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.metrics import Throughput, Trackers
+from fsdpsft.model.flops import FlopCount
 from fsdpsft.recorder import NonFiniteError, Recorder, StepStats
 
 

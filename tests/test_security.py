@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fsdpsft
-from fsdpsft.checkpoint import CheckpointManager
+from fsdpsft.checkpoint.export import Handoff
+from fsdpsft.checkpoint.manager import CheckpointManager
+from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.errors import CheckpointError
-from fsdpsft.export import main
-from fsdpsft.hf_export import Handoff
 from fsdpsft.testing import save_tiny_model
-from fsdpsft.training_state import TrainState
+from fsdpsft.tools.export import main
 
 UNPICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fsdpsft.errors import ConfigError, ModelError
-from fsdpsft.model.parameters import (
+from fsdpsft.checkpoint.parameters import (
     copy_own_part,
     full,
     hf_name,
@@ -38,7 +37,8 @@ from fsdpsft.model.parameters import (
     tied_groups,
     without_wrappers,
 )
-from fsdpsft.model.tensor_files import TensorFiles
+from fsdpsft.checkpoint.safetensors_read import TensorFiles
+from fsdpsft.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fsdpsft.data.chat_template import Encoded
+from fsdpsft.data.mask.template import Encoded
 from fsdpsft.errors import RowError
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdpsft import load_config
 from fsdpsft.batch import Sample, pack
-from fsdpsft.data.loader import Step
+from fsdpsft.data.batches.loader import Step
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import build_model

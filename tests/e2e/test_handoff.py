@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
-from fsdpsft.export import main as export
 from fsdpsft.prepare import prepare_data
 from fsdpsft.testing import CHATML, save_tiny_model, tiny_tokenizer
+from fsdpsft.tools.export import main as export
 
 PREFIXED = "{# as trained #}" + CHATML
 NUMBERS = ("one", "two", "three", "four")

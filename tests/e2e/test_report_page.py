@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fsdpsft.check import main
 from fsdpsft.testing import save_tiny_model
+from fsdpsft.tools.check import main
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason="no /usr/bin/chromium")

@@ -22,9 +22,9 @@ import torch
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
+from fsdpsft.checkpoint.manifest import read_manifest
 from fsdpsft.errors import CheckpointError
 from fsdpsft.signals import EXIT_REQUEUE, Stopped
-from fsdpsft.storage.manifest import read_manifest
 from fsdpsft.testing import run_distributed
 from fsdpsft.train import main
 from tests.e2e.killing import (

@@ -10,7 +10,7 @@ from torch import nn
 
 from fsdpsft.errors import ModelError
 from fsdpsft.model.head import head_of, prove_head
-from fsdpsft.model.loading import build_meta_model
+from fsdpsft.model.load import build_meta_model
 from fsdpsft.testing import tiny_model
 
 FAMILIES: dict[str, tuple[dict[str, Any], float, float | None]] = {

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fsdpsft.checkpoint.parameters import is_adapter, tied_groups
 from fsdpsft.errors import ConfigError, ModelError
 from fsdpsft.model.head import head_of, prove_head
-from fsdpsft.model.loading import build_meta_model, load_model_config, load_weights
+from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.lora import LoraSettings, adapter_config, adapter_state, apply_lora, fill_adapters, merged_state
-from fsdpsft.model.parameters import is_adapter, tied_groups
 from fsdpsft.testing import run_distributed, tiny_model
 
 IDS = torch.arange(3, 40)[None]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
-from fsdpsft.data.packing import Order
+from fsdpsft.data.batches.packing import Order
 from fsdpsft.errors import DataError
 from fsdpsft.lr_schedule import LRSchedule
 from fsdpsft.recorder import NonFiniteError

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
-from fsdpsft.data.packing import Order
+from fsdpsft.data.batches.packing import Order
 from fsdpsft.lr_schedule import LRSchedule
 from fsdpsft.testing import run_distributed, save_tiny_model
 from tests.parity.reference import Row, train_reference

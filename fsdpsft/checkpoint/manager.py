@@ -1,0 +1,495 @@
+"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to go on from, whole or not there at all.
+
+A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; that is the only
+time training stands still. The second (on a thread, or at once) writes: the state as one safetensors file per rank in
+the layout of ``torch.distributed.checkpoint``, the model as Hub files whose owners collect one tensor at a time over a
+process group on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at
+the root and lets old checkpoints go. Every rank learns the outcome; a failed save is an error of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from transformers import PreTrainedModel
+
+from fsdpsft.checkpoint.export import (
+    Handoff,
+    Probe,
+    is_tied,
+    named_tensors,
+    plan_export,
+    prove_answers,
+    prove_model,
+    source_template,
+    write_hub_files,
+)
+from fsdpsft.checkpoint.files import FileRecord, require_space, write_json
+from fsdpsft.checkpoint.folder import INDEX_FILE, SINGLE_FILE, RunFolder
+from fsdpsft.checkpoint.manifest import Manifest, verify, write_manifest
+from fsdpsft.checkpoint.parameters import without_wrappers
+from fsdpsft.checkpoint.pieces import Exchange, Piece, Staging, all_gather, piece_of, rows_of
+from fsdpsft.checkpoint.safetensors_write import TensorSpec, dtype_name
+from fsdpsft.checkpoint.state import (
+    MODEL,
+    OPTIMIZER,
+    STATE_FILE,
+    STATE_FOLDER,
+    TrainState,
+    allocate_optimizer_state,
+    capture_rng,
+    compare_tensors,
+    optimizer_tensors,
+    read_state,
+    restore_rng,
+    saved_tensors,
+)
+from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
+from fsdpsft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER, HUB_FOLDER = "lora_adapter", "trainer_state/model_files"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA: what is written in place of the weights in training, and beside them.
+
+    Attributes:
+        merged: the plain model's tensors with the adapter added, whole, by plain name. Read once and one at a time, on
+            every rank in the same order; each rank keeps its share of the rows. ``model.lora.merged_state``.
+        tensors: the adapter alone, whole, under PEFT's names. ``model.lora.adapter_state``.
+        config: content of ``adapter_config.json``.
+    """
+
+    merged: Iterable[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
+    config: Mapping[str, Any]
+
+
+@dataclass
+class _Job:
+    """One save, cut loose from the tensors in training."""
+
+    state: TrainState
+    metric: float | None
+    training: dict[str, Piece] = field(default_factory=dict)
+    weights: dict[str, Piece] = field(default_factory=dict)
+    weight_files: list[PlannedFile] = field(default_factory=list)
+    adapter: dict[str, Piece] = field(default_factory=dict)
+    adapter_config: Mapping[str, Any] | None = None
+    rng: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    vocab_size: int | None = None
+    probe: Probe | None = None
+
+    @property
+    def adapter_files(self) -> list[PlannedFile]:
+        """The adapter as one file, named as PEFT looks for it."""
+        units = [Unit((p.name,), (TensorSpec(p.name, p.dtype, p.shape),)) for p in self.adapter.values()]
+        units.sort(key=lambda unit: -unit.dtype.itemsize)
+        return [PlannedFile(f"{ADAPTER_FOLDER}/adapter_model.safetensors", tuple(units))] if units else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that will be written, by all ranks together."""
+        written = sum(piece.nbytes for piece in (*self.training.values(), *self.adapter.values()))
+        return written + sum(file.nbytes for file in self.weight_files)
+
+
+class CheckpointManager:
+    """Saves, keeps, verifies and loads the checkpoints of one run. Every rank makes one and calls it alike."""
+
+    def __init__(
+        self,
+        root: Path,
+        handoff: Handoff,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        publish: Literal["newest", "best"] = "newest",
+        lower_is_better: bool = True,
+        on_error: Literal["error", "continue"] = "error",
+        timeout: timedelta = timedelta(hours=2),
+    ) -> None:
+        """Collective where ``torch.distributed`` is initialised: makes a gloo group of its own.
+
+        Args:
+            root: ``trainer.default_local_dir``, on a file system all ranks see.
+            handoff: what goes with the exported weights.
+            keep: number of newest checkpoints kept (None: all); the best one stays besides.
+            keep_every: checkpoints of steps divisible by it stay too.
+            publish: which checkpoint the root directory shows.
+            lower_is_better: sense of the metric.
+            on_error: whether a failed save ends the run ("error") or is logged ("continue").
+            timeout: for one rank waiting for another while files are written.
+        """
+        self.folder = RunFolder(root)
+        self._handoff = handoff
+        self._keep, self._keep_every = keep, keep_every
+        self._publish, self._lower_is_better, self._on_error = publish, lower_is_better, on_error
+        # A group of its own: a background save must not mix its messages with those of training.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self._rank = dist.get_rank() if self._group is not None else 0
+        self._size = dist.get_world_size() if self._group is not None else 1
+        self._staging = Staging()
+        self._running: Future[None] | None = None
+        self._begun_at: int | None = 0
+        self._plan: tuple[list[tuple[str, tuple[int, ...], torch.dtype]], list[PlannedFile]] = ([], [])
+        if self._rank == 0:
+            self.folder.clean()
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        *,
+        contents: Collection[str] = ("model", "state"),
+        metric: float | None = None,
+        adapter: Adapter | None = None,
+        probe: Probe | None = None,
+        background: bool = False,
+    ) -> float:
+        """Write ``global_step_N`` for ``state.step``. Collective. Waits for the save before it.
+
+        Args:
+            model: the transformers model, its parameters sharded or not.
+            optimizer: needed where ``contents`` has "state".
+            state: where the run stands.
+            contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
+            metric: of this step, to find the best checkpoint by.
+            adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
+            probe: compare the exported model's token losses with these (rank 0's count, which loads the model).
+            background: return once the tensors are copied to host memory, and write on a thread.
+
+        Returns:
+            Seconds that the caller stood still.
+
+        Raises:
+            CheckpointError: this save (or, with ``background``, the one before it) failed and ``on_error`` is "error".
+        """
+        self.wait()
+        began = time.perf_counter()
+        job = self._prepare(model, optimizer, state, frozenset(contents), adapter, copy=background)
+        job.metric = metric if metric is not None and isfinite(metric) else None
+        job.probe = probe
+        self._running = Future()
+        if background:
+            threading.Thread(target=self._fulfil, args=(job, self._running), name="checkpoint", daemon=True).start()
+        else:
+            self._fulfil(job, self._running)
+            self.wait()
+        stall = time.perf_counter() - began
+        logger.info("checkpoint of step %d: training stood still for %.2f s", state.step, stall)
+        return stall
+
+    def wait(self) -> None:
+        """Wait for the save under way. Called by every rank.
+
+        Raises:
+            CheckpointError: it failed, and ``on_error`` is "error".
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except CheckpointError as error:
+            if self._on_error == "error":
+                raise
+            logger.error("%s Training goes on, as trainer.on_disk_full=continue asks.", error)
+
+    def close(self) -> None:
+        """Wait for the save and the deletions under way."""
+        self.wait()
+        self.folder.finish_deletions()
+
+    def latest_good(self) -> Path | None:
+        """The newest checkpoint that can be resumed from and passes every check; worse ones are named in a warning.
+
+        Collective: the ranks share the reading. None where there is nothing to resume from.
+        """
+        paths = all_gather([path for _, path in reversed(self.folder.checkpoints())], self._group)[0]
+        for path in paths:
+            problem = self._problem(path)
+            if problem is None:
+                return Path(path)
+            if self._rank == 0:
+                logger.warning("not resuming from %s: %s", path.name, problem)
+        return None
+
+    def _problem(self, path: Path) -> str | None:
+        problem = None
+        try:
+            manifest = verify(path, part=self._rank, parts=self._size)
+            if STATE_FILE not in manifest.files:
+                problem = f"{path} has no {STATE_FOLDER}/ (it was saved with trainer.save_contents=[model])."
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        return next((found for found in all_gather(problem, self._group) if found is not None), None)
+
+    def load(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, verified: bool = False
+    ) -> TrainState:
+        """Fill model, optimiser and random generators from a checkpoint, on any number of ranks. Collective.
+
+        Args:
+            path: a ``global_step_N`` folder.
+            model: as it was when saved (same architecture, same LoRA), sharded in any way.
+            optimizer: None leaves the optimiser state unread.
+            verified: the caller has just had it from ``latest_good``.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, has no state, or is of another model.
+        """
+        if not verified and (problem := self._problem(path)) is not None:
+            raise CheckpointError(problem)
+        content = read_state(path)
+        saved = saved_tensors(content)
+        parameters = named_tensors(model) if content["complete"] else _trained_tensors(model)
+        target = {f"{MODEL}{name}": tensor.detach() for name, tensor in parameters.items()}
+        compare_tensors(path, {k: v for k, v in saved.items() if k.startswith(MODEL)}, target)
+        if optimizer is not None:
+            wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
+            target.update(allocate_optimizer_state(parameters, optimizer, wanted))
+        self._read(path / STATE_FOLDER, target)
+        if len(content["rng"]) == self._size:
+            restore_rng(content["rng"][self._rank])
+        else:
+            logger.warning("saved on %d processes: dropout draws will differ from there on", len(content["rng"]))
+        state = TrainState(**content["state"])
+        self._begun_at = state.step
+        if self._rank == 0 and path.resolve().parent == self.folder.root.resolve():
+            self._show(state.step)  # the run may have been killed between saving this checkpoint and showing it
+        return state
+
+    def _read(self, folder: Path, target: dict[str, Any]) -> None:
+        """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+            reader = HuggingFaceStorageReader(str(folder))
+            load_sharded(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+
+    # --- the first half of a save: what, and its copy -----------------------------------------------------------
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        contents: frozenset[str],
+        adapter: Adapter | None,
+        *,
+        copy: bool,
+    ) -> _Job:
+        """Say what is to be written, and copy it to the host if it is to be written later."""
+        parameters = named_tensors(model) if adapter is None else _trained_tensors(model)
+        job = _Job(replace(state), None, rng=capture_rng(), vocab_size=_vocab_size(model))
+        job.tied = is_tied(model)
+        held = {name: self._piece(name, tensor, copy) for name, tensor in parameters.items()}
+        if "state" in contents:
+            assert optimizer is not None, "a resumable state needs the optimiser"
+            job.training = {f"{MODEL}{name}": replace(piece, name=f"{MODEL}{name}") for name, piece in held.items()}
+            for name, tensor in optimizer_tensors(parameters, optimizer).items():
+                job.training[name] = self._piece(name, tensor, copy)
+        if adapter is not None:
+            job.adapter_config = dict(adapter.config)
+            job.adapter = {name: self._rows("adapter", name, tensor) for name, tensor in adapter.tensors}
+        if "model" in contents:
+            job.weights = held
+            if adapter is not None:
+                job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
+            job.weight_files = self._planned(model, job.weights)
+        self._staging.finish()
+        return job
+
+    def _planned(self, model: nn.Module, pieces: Mapping[str, Piece]) -> list[PlannedFile]:
+        """``plan_export``, once for as long as the tensors stay what they are."""
+        key = [(name, piece.shape, piece.dtype) for name, piece in pieces.items()]
+        if self._plan[0] != key:
+            self._plan = key, plan_export(model, pieces, self._handoff)
+        return self._plan[1]
+
+    def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
+        piece = piece_of(name, tensor, self._rank)
+        return self._staging.copy(piece) if copy else piece
+
+    def _rows(self, kind: str, name: str, tensor: Tensor) -> Piece:
+        """A share of a tensor that exists only now, whole and on every rank: copied even for a save at once."""
+        piece = rows_of(f"{kind}/{name}", tensor, self._rank, self._size)
+        return replace(self._staging.copy(piece), name=name)
+
+    # --- the second half: files ---------------------------------------------------------------------------------
+
+    def _fulfil(self, job: _Job, promise: Future[None]) -> None:
+        try:
+            self._write(job)
+        except BaseException as error:  # noqa: BLE001 - raised again on the thread that waits
+            promise.set_exception(error)
+        else:
+            promise.set_result(None)
+
+    def _write(self, job: _Job) -> None:
+        """Write, vote, prove, commit. Collective over the manager's own group."""
+        began = time.perf_counter()
+        self._agree(self._begin, job)
+        problems: list[str] = []
+        records: dict[str, FileRecord] = {}
+        folder = self.folder.root / f".tmp-global_step_{job.state.step}"
+        rank_file = f"{STATE_FOLDER}/rank-{self._rank:05d}.safetensors"
+        self._attempt(records, problems, partial(write_local_pieces, folder, rank_file, job.training))
+        for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
+            if files:
+                exchange = Exchange(pieces, self._group)
+                self._attempt(records, problems, partial(write_tensor_files, folder, files, exchange))
+        gathered = all_gather((records, problems, job.rng), self._group)
+        if failures := [problem for _, found, _ in gathered for problem in found]:
+            self._agree(lambda _: self.folder.abandon(job.state.step), job)
+            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {'; '.join(failures)}")
+        merged = {name: record for found, _, _ in gathered for name, record in found.items()}
+        self._agree(lambda job: self._finish(job, folder, merged, [rng for _, _, rng in gathered]), job)
+        logger.info("checkpoint of step %d saved and proven in %.1f s", job.state.step, time.perf_counter() - began)
+
+    def _attempt(self, records: dict[str, FileRecord], problems: list[str], write: Any) -> None:
+        try:
+            records.update(write())
+        except (OSError, CheckpointError) as error:
+            problems.append(f"rank {self._rank}: {error}")
+
+    def _agree(self, act: Any, job: _Job) -> None:
+        """Have rank 0 act, and every rank fail if it failed."""
+        problem = None
+        if self._rank == 0:
+            try:
+                act(job)
+            except Exception as error:  # whatever it is, the other ranks wait for this word
+                logger.debug("saving step %d failed", job.state.step, exc_info=True)
+                problem = f"{error}" if isinstance(error, (CheckpointError, OSError)) else repr(error)
+                self.folder.abandon(job.state.step)
+        problem = all_gather(problem, self._group)[0]
+        if problem is not None:
+            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {problem}")
+
+    def _begin(self, job: _Job) -> None:
+        self.folder.root.mkdir(parents=True, exist_ok=True)
+        if self._begun_at is not None:
+            self.folder.set_aside(self._begun_at)
+            self._begun_at = None
+        require_space(self.folder.root, job.nbytes)
+        folder = self.folder.begin(job.state.step)
+        if job.training:
+            (folder / STATE_FOLDER).mkdir()
+
+    def _finish(self, job: _Job, folder: Path, records: dict[str, FileRecord], rng: list[Any]) -> None:
+        """Rank 0, once every tensor file is written: the small files, the proof, the manifest, the rename."""
+        verdict: dict[str, Any] = {}
+        if job.weight_files:
+            records.update(write_hub_files(folder, job.weight_files, self._handoff, job.vocab_size))
+            verdict = prove_model(folder, job.weight_files, self._handoff, tied=job.tied)
+            if job.probe is not None:
+                verdict["probe"] = prove_answers(folder, job.probe)
+        if job.adapter:
+            name = f"{ADAPTER_FOLDER}/adapter_config.json"
+            records[name] = write_json(folder / name, job.adapter_config)
+        if job.training:
+            records.update(self._write_state(job, folder, rng))
+        fingerprints = self._fingerprints(job, records)
+        write_manifest(
+            folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints)
+        )
+        self.folder.commit(job.state.step)
+        self._show(job.state.step, anew=True)
+        self.folder.retire(self._keep, self._keep_every, self.folder.best(self._lower_is_better))
+
+    def _show(self, newest: int, *, anew: bool = False) -> None:
+        """Rank 0: let the root be the model it should be: the best, or the last one up to step ``newest``."""
+        models = [step for step, path in self.folder.checkpoints() if step <= newest and _holds_model(path)]
+        if not models:
+            return
+        best = self.folder.best(self._lower_is_better)
+        wanted = best if self._publish == "best" and best in models else models[-1]
+        assert wanted is not None
+        if self.folder.published() != wanted or (anew and wanted == newest):
+            self.folder.publish(wanted)
+
+    def _write_state(self, job: _Job, folder: Path, rng: list[Any]) -> dict[str, FileRecord]:
+        tensors = {name: [dtype_name(p.dtype), list(p.shape)] for name, p in job.training.items()}
+        content = {
+            "format_version": 1,
+            "complete": job.adapter_config is None,
+            "state": self._with_best(job).as_dict(),
+            "source": str(self._handoff.source),
+            "adapter_config": job.adapter_config,
+            "dtypes": self._handoff.stored_dtypes().as_json(),
+            "tied": job.tied,
+            "tensors": tensors,
+            "rng": rng,
+        }
+        # The state must be exportable on its own: after the model beside it, and the source model, are gone.
+        small = write_hub_files(folder / HUB_FOLDER, (), self._handoff, job.vocab_size)
+        records = {f"{HUB_FOLDER}/{name}": record for name, record in small.items()}
+        records[STATE_FILE] = write_json(folder / STATE_FILE, content)
+        return records
+
+    def _with_best(self, job: _Job) -> TrainState:
+        """The state, with the best metric up to now and its step where the caller did not say."""
+        known = self.folder.metrics()
+        if job.metric is not None:
+            known[job.state.step] = job.metric
+        if job.state.best_step is not None or not known:
+            return job.state
+        choose = min if self._lower_is_better else max
+        best = choose(known, key=lambda step: known[step])
+        return replace(job.state, best_metric=known[best], best_step=best)
+
+    def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
+        template = self._handoff.chat_template or source_template(self._handoff.source) or ""
+        weights = json.dumps([[file.path, records[file.path].sha256] for file in job.weight_files])
+        return {
+            **self._handoff.fingerprints,
+            "model": sha256(weights.encode()).hexdigest() if job.weight_files else None,
+            "chat_template": sha256(template.encode()).hexdigest(),
+            "data": job.state.data_fingerprint,
+            "tokens": job.state.tokens,
+            "trained_tokens": job.state.trained_tokens,
+            "source": str(self._handoff.source),
+        }
+
+
+def _holds_model(path: Path) -> bool:
+    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that training changes, by name; frozen ones are as they are in the source model."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            named.setdefault(id(value), (without_wrappers(name), value))
+    return dict(named.values())
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    assert isinstance(model, PreTrainedModel), "a checkpoint is of a transformers model"
+    embeddings = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else None

@@ -1,0 +1,271 @@
+"""The resumable part of a checkpoint: what is saved beside the weights, and what may differ when training goes on.
+
+Numbers, names and random-generator states are JSON (``state.json``); tensors are safetensors. Nothing is pickled, so
+nothing of a checkpoint can run code when it is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fsdpsft.checkpoint.safetensors_write import dtype_named
+from fsdpsft.errors import CheckpointError
+
+MODEL, OPTIMIZER = "model/", "optimizer/"
+Saved = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and whole shape of a saved tensor."""
+STATE_FOLDER = "trainer_state"
+STATE_FILE = "trainer_state/state.json"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Batches are a function of (seed, step), so there is no data position to keep.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: passes over the data done, with fraction.
+        best_metric, best_step: of the metric that picks the best checkpoint; None before the first evaluation.
+        tokens, trained_tokens: seen so far, all ranks together.
+        config: the resolved settings, as nested plain values.
+        data_fingerprint: content hash of the training data as tokenised.
+        extra: anything else that JSON can hold.
+    """
+
+    step: int
+    epoch: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    tokens: int = 0
+    trained_tokens: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As written to ``state.json``."""
+        return asdict(self)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is not what this version writes.
+    """
+    file = path / STATE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no {STATE_FILE}: there is no state to resume from.")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint.") from error
+    if version != 1:
+        raise CheckpointError(f"{file} has format_version {version}; this version of fsdpsft reads 1.")
+    return content
+
+
+def saved_tensors(content: Mapping[str, Any]) -> dict[str, Saved]:
+    """Name -> (dtype, shape) of every tensor in a state."""
+    return {name: (dtype_named(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+
+
+def compare_tensors(path: Path, saved: Mapping[str, Saved], target: Mapping[str, Tensor]) -> None:
+    """Refuse to load a checkpoint into a model with other tensors.
+
+    Raises:
+        CheckpointError: names tensors that one side lacks, or whose shapes differ.
+    """
+    if missing := sorted(set(target) - set(saved)):
+        raise CheckpointError(f"{path} was saved from another model: it lacks {missing[:4]} and {len(missing)} in all.")
+    if surplus := sorted(set(saved) - set(target)):
+        raise CheckpointError(f"{path} was saved from another model: it has {surplus[:4]}, {len(surplus)} such.")
+    for name, tensor in target.items():
+        if saved[name][1] != tuple(tensor.shape):
+            raise CheckpointError(f"{path}: {name} has shape {saved[name][1]}, this model's has {tuple(tensor.shape)}.")
+
+
+def capture_rng() -> dict[str, Any]:
+    """This process's generator states (Python, numpy, torch, the current GPU) as JSON values."""
+    version, words, gauss = random.getstate()
+    # numpy's global generator is not ours, but dropout-like code in a model's own file may draw from it.
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, _encode(torch.from_numpy(np.asarray(keys).view(np.uint8))), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _encode(torch.cuda.get_rng_state())
+    return states
+
+
+def restore_rng(states: Mapping[str, Any]) -> None:
+    """Put back what ``capture_rng`` returned; a GPU state is passed over where there is no GPU."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, _decode(keys).numpy().view(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(states["cuda"]))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as ``optimizer/<parameter>/<key>`` -> tensor.
+
+    Raises:
+        CheckpointError: a parameter that the model does not name, or a state that is neither tensor nor number.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in names:
+            raise CheckpointError(f"The optimiser holds a parameter of shape {tuple(parameter.shape)} the model lacks.")
+        for key, value in state.items():
+            if not isinstance(value, (Tensor, int, float)):
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps {key} of {names[id(parameter)]} as {type(value).__name__}; only "
+                    f"tensors and numbers can be saved."
+                )
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            tensors[f"{OPTIMIZER}{names[id(parameter)]}/{key}"] = tensor
+    return tensors
+
+
+def allocate_optimizer_state(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: Mapping[str, Saved]
+) -> dict[str, Tensor]:
+    """Give ``optimizer`` empty state of the saved keys, dtypes and shapes, sharded like the parameters.
+
+    Returns:
+        ``optimizer/<parameter>/<key>`` -> the state tensor to be filled in place.
+
+    Raises:
+        CheckpointError: the optimiser trains other parameters than the checkpoint has state for.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in parameters.items() if id(p) in groups}
+    per_name: dict[str, dict[str, Tensor]] = {}
+    for full, (dtype, shape) in saved.items():
+        name, key = full.removeprefix(OPTIMIZER).rsplit("/", 1)
+        if name not in trained:
+            raise CheckpointError(f"The checkpoint has optimiser state for {name}, which this run does not train.")
+        parameter = trained[name]
+        if shape == tuple(parameter.shape) and shape != ():
+            tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:  # AdamW counts steps on the host unless the step itself runs on the device
+            group = groups[id(parameter)]
+            on_device = any(group[flag] for flag in ("fused", "capturable") if flag in group)
+            tensor = torch.zeros(shape, dtype=dtype, device=_device(parameter) if on_device else "cpu")
+        per_name.setdefault(name, {})[key] = tensor
+    if per_name and (missing := sorted(set(trained) - set(per_name))):
+        raise CheckpointError(f"The checkpoint has no optimiser state for {missing[:4]}, which this run trains.")
+    for name, state in per_name.items():
+        optimizer.state[trained[name]] = state
+    return {f"{OPTIMIZER}{name}/{key}": t for name, state in per_name.items() for key, t in state.items()}
+
+
+def _device(parameter: Tensor) -> torch.device:
+    return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between the checkpoint and this run."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """As a line of the diff."""
+        return f"  {self.key}: {self.was!r} -> {self.now!r}"
+
+
+HARMLESS = (
+    "data.num_workers", "data.cache_dir", "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu",
+    "data.balance_dp_token", "data.val_files", "data.val_max_samples", "model.strategy", "model.compile",
+    "model.use_liger", "model.attn_implementation", "model.enable_gradient_checkpointing",
+    "model.activation_offload", "model.mlp_tiles", "model.head_chunk_tokens", "model.trim_last_block",
+    "model.fsdp_config.reshard_after_forward", "model.fsdp_config.replicate_size",
+    "model.fsdp_config.gradient_sync", "model.fsdp_config.offload_params", "model.fsdp_config.wrap_policy",
+    "ulysses_sequence_parallel_size", "use_remove_padding", "trainer.default_local_dir", "trainer.default_hdfs_dir",
+    "trainer.project_name", "trainer.experiment_name", "trainer.device", "trainer.save_freq", "trainer.test_freq",
+    "trainer.save_contents", "trainer.async_save", "trainer.max_shard_size", "trainer.verify_export",
+    "trainer.max_ckpt_to_keep", "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full",
+    "trainer.save_on_file", "trainer.resume_mode", "trainer.resume_from_path", "trainer.allow_config_change",
+    "trainer.logger", "trainer.log_freq", "trainer.timeout",
+)  # fmt: skip
+"""Keys (or sections) whose change leaves what is learnt as it was; any other change is refused."""
+MAY_GROW = ("trainer.total_epochs", "trainer.total_training_steps")
+
+
+def config_changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Change]:
+    """Every leaf that differs between two nested mappings, in the order of ``now``; absent keys count as None."""
+    changes = []
+    for key in [*now, *(key for key in was if key not in now)]:
+        old, new = (side.get(key) for side in (was, now))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += config_changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(Change(f"{prefix}{key}", old, new))
+    return changes
+
+
+def is_harmful(change: Change) -> bool:
+    """Whether a changed setting would make the run something else than the one that was begun."""
+    if any(change.key == key or change.key.startswith(f"{key}.") for key in HARMLESS):
+        return False
+    grows = change.was is not None and change.now is not None and change.now > change.was
+    return not (change.key in MAY_GROW and grows)
+
+
+def check_config(was: Mapping[str, Any], now: Mapping[str, Any], *, allow: bool = False) -> list[Change]:
+    """Compare the settings a checkpoint was made with to those of this run.
+
+    Args:
+        was: ``TrainState.config`` of the checkpoint.
+        now: the settings of this run.
+        allow: ``trainer.allow_config_change``: take harmful changes too.
+
+    Returns:
+        All changes, for the log.
+
+    Raises:
+        CheckpointError: a diff of the harmful ones.
+    """
+    changes = config_changes(was, now)
+    harmful = [change for change in changes if is_harmful(change)]
+    if harmful and not allow:
+        raise CheckpointError(_refusal(harmful))
+    return changes
+
+
+def _refusal(harmful: Sequence[Change]) -> str:
+    lines = "\n".join(str(change) for change in harmful)
+    return (
+        f"The checkpoint was made with other settings, so resuming would not continue that run:\n{lines}\n"
+        f"Set them back, begin a new run (another trainer.default_local_dir), or accept the difference with "
+        f"trainer.allow_config_change=true."
+    )

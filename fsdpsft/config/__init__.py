@@ -1,0 +1,1 @@
+"""The settings: one schema, its rules, and the way from the command line to typed dataclasses."""

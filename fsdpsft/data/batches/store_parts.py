@@ -1,0 +1,287 @@
+"""The work of one building process: a shard's rows become samples in part files, with a tally of what was left out.
+
+Memory is bounded by a batch of rows, whatever the shard's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fsdpsft.data.batches.store import COLUMNS, columns_of
+from fsdpsft.data.mask.template import Encoded
+from fsdpsft.data.rows.sources import Row, Shard, Source, read_shard
+from fsdpsft.errors import RowError
+
+T = TypeVar("T")
+
+BATCH_ROWS = 256
+HASH_DTYPE = "<u8"
+PART_ARRAYS = ("tokens", "runs", "run_counts", "hashes", *COLUMNS)
+_EXAMPLES = 20
+
+TOO_LONG = "longer than data.max_length"
+NO_TRAINED_TOKEN = "no trained token"
+NOTHING_LEFT = "no trained token left after truncation"
+
+
+class Encoder(Protocol):
+    """What turns rows into samples. It is handed to the building processes, so it must be picklable."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same row would be encoded to something else."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    def encode(self, source: Source, rows: Sequence[Row]) -> Sequence[Sequence[Encoded] | RowError]:
+        """The samples of each row (more than one where a conversation is split up), or what is wrong with it."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What is kept of the rows. All but ``num_workers`` and ``max_bad_share`` are part of a store's key.
+
+    Attributes:
+        max_length: most tokens of a sample.
+        truncation: what becomes of a longer one: "error", "left" (its end is kept), "right" (its beginning) or "drop".
+        on_bad_row: "error" stops at a row that cannot be used, "skip" counts it.
+        max_bad_share: a larger share of rows that gave nothing is an error in any case.
+        num_workers: building processes; None for one per core.
+    """
+
+    max_length: int = 1024
+    truncation: str = "error"
+    on_bad_row: str = "error"
+    max_bad_share: float = 0.05
+    num_workers: int | None = None
+
+
+@dataclass
+class Tally:
+    """Counts of what was read and what became of it; all in rows but ``samples`` and the tokens.
+
+    Attributes:
+        truncated: samples cut to the length limit and kept.
+        duplicates: samples whose tokens are equal to an earlier one's (kept).
+        escaped: samples with special-token text in their content, which was spelt as ordinary text.
+        rewritten: trained turns that the template prints otherwise than inference would see them.
+        dropped: samples left out on purpose, by reason.
+        skipped: rows that could not be used, by reason.
+        examples: the first messages about skipped and dropped rows.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0
+    duplicates: int = 0
+    escaped: int = 0
+    rewritten: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Add another tally's counts to this one's."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        del self.examples[_EXAMPLES:]
+
+    def note(self, message: str) -> None:
+        """Keep a message as an example, unless there are enough."""
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(message)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    @property
+    def unusable(self) -> int:
+        """Rows and samples that gave nothing to train on although nobody asked to leave them out."""
+        return sum(self.skipped.values()) + self.dropped.get(NOTHING_LEFT, 0)
+
+
+class PartWriter:
+    """Appends samples to the files ``part-<number>.<array>`` of a folder."""
+
+    def __init__(self, folder: Path, number: int, token_dtype: str) -> None:
+        """Open the part's files; use as a context manager."""
+        self.paths = {name: folder / f"part-{number:06d}.{name}" for name in PART_ARRAYS}
+        self.token_dtype = token_dtype
+        self.stack = ExitStack()
+        self.files: dict[str, BinaryIO] = {}
+        self.pending: list[tuple[NDArray[Any], NDArray[Any], int]] = []
+
+    def __enter__(self) -> Self:
+        """Open the files."""
+        self.files = {name: self.stack.enter_context(path.open("wb")) for name, path in self.paths.items()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        self.stack.close()
+
+    def add(self, ids: NDArray[Any], loss_weights: NDArray[Any], row: int) -> None:
+        """Keep a sample for the next ``flush``."""
+        self.pending.append((ids, loss_weights, row))
+
+    def flush(self, tally: Tally) -> None:
+        """Write what was added, and count it."""
+        if not self.pending:
+            return
+        arrays = columns_of(self.pending)
+        arrays["tokens"] = arrays["tokens"].astype(self.token_dtype)
+        spelt = (np.ascontiguousarray(ids, "<u4").data for ids, _, _ in self.pending)
+        digests = [hashlib.blake2b(ids, digest_size=8).digest() for ids in spelt]
+        arrays["hashes"] = np.frombuffer(b"".join(digests), HASH_DTYPE)
+        for name, file in self.files.items():
+            file.write(arrays[name].tobytes())
+        tally.samples += len(self.pending)
+        tally.tokens += len(arrays["tokens"])
+        tally.trained_tokens += int(arrays["trained"].sum(dtype=np.int64))
+        self.pending = []
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a building process needs to know.
+
+    Attributes:
+        folder: where the part files go.
+        work: (source, shard) pairs; a shard's place in this list is its number.
+        token_dtype: type of the stored token ids.
+    """
+
+    folder: Path
+    work: Sequence[tuple[Source, Shard]]
+    encoder: Encoder
+    options: BuildOptions
+    token_dtype: str
+
+    def run(self, number: int, advance: Callable[[int], None]) -> Tally:
+        """Encode shard ``number`` into its part files.
+
+        Args:
+            number: place in ``work``.
+            advance: is told how many more rows are done, batch by batch.
+
+        Raises:
+            RowError: a row cannot be used, and bad rows are errors.
+            DataError: the file is damaged.
+        """
+        source, shard = self.work[number]
+        tally = Tally()
+
+        def refuse(fault: RowError) -> None:
+            if self.options.on_bad_row == "error":
+                raise fault
+            tally.skipped[fault.reason] += 1
+            tally.note(str(fault))
+
+        def unreadable(fault: RowError) -> None:
+            tally.rows += 1
+            refuse(fault)
+
+        with PartWriter(self.folder, number, self.token_dtype) as part:
+            for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
+                for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
+                    self._keep_or(refuse, part, tally, row, result)
+                part.flush(tally)
+                tally.rows += len(rows)
+                advance(len(rows))
+        return tally
+
+    def _keep_or(
+        self, refuse: Callable[[RowError], None], part: PartWriter, tally: Tally, row: Row,
+        result: Sequence[Encoded] | RowError,
+    ) -> None:  # fmt: skip
+        try:
+            if isinstance(result, RowError):
+                raise result
+            self._keep(part, tally, row, result)
+        except RowError as fault:
+            refuse(fault)
+
+    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded]) -> None:
+        """Add a row's samples, as far as they may stay."""
+        trained = [_is_trained(sample.loss_weights) for sample in samples]
+        if not any(trained):
+            raise RowError(
+                f"{row.where}: no token of it is trained (no assistant message, an empty one, or all of them marked "
+                f"train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
+                NO_TRAINED_TOKEN,
+            )
+        for sample, is_trained in zip(samples, trained, strict=True):
+            _check_ids(row, sample, self.encoder.vocab_size)
+            kept = truncate(sample, self.options, row)
+            cut = len(sample.input_ids) > self.options.max_length
+            if kept is None or not (_is_trained(kept[1]) if cut else is_trained):
+                reason = TOO_LONG if kept is None else NOTHING_LEFT if cut else NO_TRAINED_TOKEN
+                tally.dropped[reason] += 1
+                tally.note(f"{row.where}: dropped, {reason} ({len(sample.input_ids)} tokens)")
+                continue
+            tally.truncated += cut
+            tally.escaped += sample.escaped > 0
+            tally.rewritten += sample.rewritten
+            part.add(*kept, row.index)
+
+
+def _check_ids(row: Row, sample: Encoded, vocab_size: int) -> None:
+    ids = sample.input_ids
+    if len(ids) != len(sample.loss_weights):
+        raise RowError(f"{row.where}: {len(ids)} tokens, {len(sample.loss_weights)} loss weights", "unequal lengths")
+    if (largest := int(ids.max())) >= vocab_size:
+        raise RowError(f"{row.where}: token id {largest}, but the tokenizer has only {vocab_size}", "unknown token id")
+
+
+def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Cut a sample's ids and loss weights to the length limit, both at the same place; None when it is dropped.
+
+    Raises:
+        RowError: it is too long and that is an error.
+    """
+    limit, length = options.max_length, len(sample.input_ids)
+    if length <= limit:
+        return sample.input_ids, sample.loss_weights
+    if options.truncation == "left":
+        return sample.input_ids[-limit:], sample.loss_weights[-limit:]
+    if options.truncation == "right":
+        return sample.input_ids[:limit], sample.loss_weights[:limit]
+    if options.truncation == "drop":
+        return None
+    raise RowError(
+        f"{row.where}: {length} tokens, more than data.max_length={limit}; raise data.max_length, or choose "
+        f"data.truncation=left, right or drop",
+        TOO_LONG,
+    )
+
+
+def _is_trained(loss_weights: NDArray[Any]) -> bool:
+    """Whether any token has a weight that some position before it can learn from. Weights are never negative."""
+    return bool(np.count_nonzero(loss_weights[1:]))
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

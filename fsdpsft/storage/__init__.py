@@ -1,1 +1,0 @@
-"""Files that are whole or absent: checksummed, fsynced, renamed into place; and tensors spread over ranks."""

@@ -1,0 +1,1 @@
+"""What stands beside training: check, plan, self-test, export, and what they print and draw."""

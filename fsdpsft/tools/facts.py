@@ -1,0 +1,208 @@
+"""What the tokenised data is like: counts by source, lengths, and samples to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fsdpsft.batch import Sample
+from fsdpsft.data.batches.store import TokenStore
+from fsdpsft.data.batches.store_parts import NO_TRAINED_TOKEN, NOTHING_LEFT
+
+BINS = 32
+_STEPS = (1, 2, 4, 5, 8, 10)
+_REPLACEMENT = "\ufffd"
+_LONGEST_CHARACTER = 8  # tokens; a character of four bytes is at most four byte tokens
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """Counts of one source.
+
+    Attributes:
+        split: "train" or "validation".
+        truncated: samples cut to ``data.max_length``.
+        dropped, skipped: samples and rows left out, by reason.
+        duplicates: samples equal to an earlier one.
+        zero_label: rows and samples without a trained token, left out.
+        escaped: samples with special-token text in their content.
+        rewritten: trained turns that the template prints otherwise than inference sees them.
+        median, longest: tokens of a sample; 0 where there is none.
+    """
+
+    name: str
+    split: str
+    weight: float
+    rows: int
+    samples: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    duplicates: int
+    zero_label: int
+    escaped: int
+    rewritten: int
+    dropped: dict[str, int]
+    skipped: dict[str, int]
+    median: int
+    longest: int
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens that is trained."""
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def left_out(self) -> int:
+        """Rows and samples left out, whatever the reason."""
+        return sum(self.dropped.values()) + sum(self.skipped.values())
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Samples by length.
+
+    Attributes:
+        width: tokens a bin spans.
+        counts: samples with ``bin * width < length <= (bin + 1) * width``.
+    """
+
+    width: int
+    counts: tuple[int, ...]
+    median: int
+    percentile_95: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token, or the few tokens that make up one character.
+
+    Attributes:
+        ids: the token ids.
+        weight: loss weight; 0 where it is not trained.
+        special: whether it is a special token.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    weight: float
+    special: bool
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample as it is trained on.
+
+    Attributes:
+        where: file and row.
+        pieces: its tokens; of a long sample the first and last ones.
+        omitted: tokens left out in the middle, after ``gap_at`` pieces.
+    """
+
+    where: str
+    tokens: int
+    trained_tokens: int
+    pieces: tuple[Piece, ...]
+    omitted: int = 0
+    gap_at: int = 0
+
+    def shortened(self, most: int) -> ShownSample:
+        """The same with at most ``most`` pieces, of the beginning and the end."""
+        if len(self.pieces) <= most:
+            return self
+        head = most // 2
+        tail = len(self.pieces) - (most - head)
+        left_out = sum(len(piece.ids) for piece in self.pieces[head:tail])
+        pieces = self.pieces[:head] + self.pieces[tail:]
+        return replace(self, pieces=pieces, omitted=self.omitted + left_out, gap_at=head)
+
+
+def source_facts(store: TokenStore, split: str, weights: Sequence[float]) -> list[SourceFacts]:
+    """Counts of each source of a store."""
+    ends = np.cumsum(store.source_counts)
+    facts = []
+    for name, end, count, weight in zip(store.source_names, ends, store.source_counts, weights, strict=True):
+        lengths = store.lengths[end - count : end]
+        facts.append(_facts(name, split, weight, store.stats["sources"][name], lengths))
+    return facts
+
+
+def _facts(name: str, split: str, weight: float, stats: dict[str, Any], lengths: NDArray[np.int32]) -> SourceFacts:
+    dropped, skipped = stats["dropped"], stats["skipped"]
+    reasons = (NO_TRAINED_TOKEN, NOTHING_LEFT)
+    zero_label = sum(count for table in (dropped, skipped) for reason, count in table.items() if reason in reasons)
+    return SourceFacts(
+        name, split, weight, stats["rows"], stats["samples"], stats["tokens"], stats["trained_tokens"],
+        stats["truncated"], stats["duplicates"], zero_label, stats["escaped"], stats["rewritten"], dropped, skipped,
+        int(np.median(lengths)) if len(lengths) else 0, int(lengths.max(initial=0)),
+    )  # fmt: skip
+
+
+def length_histogram(lengths: NDArray[np.int32]) -> Histogram:
+    """Count samples by length, in at most ``BINS`` bins of a round width."""
+    longest = int(lengths.max())
+    least = max(-(-longest // BINS), 1)
+    scale = 10 ** (len(str(least)) - 1)
+    width = next(step * scale for step in _STEPS if step * scale >= least)
+    bins = -(-longest // width)
+    counts = np.bincount((np.maximum(lengths, 1) - 1) // width, minlength=bins)
+    median, high = np.percentile(lengths, (50, 95), method="higher")
+    return Histogram(width, tuple(counts.tolist()), int(median), int(high), longest)
+
+
+def show_sample(
+    sample: Sample, where: str, decode: Callable[[list[int]], str], special: dict[int, str], most: int
+) -> ShownSample:
+    """Cut a sample into pieces to look at.
+
+    Args:
+        sample: the tokens and their loss weights.
+        where: file and row.
+        decode: ids to text, special tokens included.
+        special: id -> text of the special tokens.
+        most: tokens to show; of a longer sample, so many of its beginning and its end together.
+    """
+    ids, weights = sample.input_ids.tolist(), sample.loss_weights.tolist()
+    weights[0] = 0.0  # nothing comes before it that could predict it
+    trained = sum(weight > 0 for weight in weights)
+    omitted = max(len(ids) - most, 0)
+    head = len(ids) if not omitted else most // 2
+    pieces = _pieces(ids[:head], weights[:head], decode, special)
+    gap_at = len(pieces)
+    if omitted:
+        tail = head + omitted
+        pieces += _pieces(ids[tail:], weights[tail:], decode, special)
+    return ShownSample(where, len(ids), trained, tuple(pieces), omitted, gap_at)
+
+
+def _pieces(
+    ids: list[int], weights: list[float], decode: Callable[[list[int]], str], special: dict[int, str]
+) -> list[Piece]:
+    """Text of each token. A tokenizer may print a token otherwise at the beginning of a text than within one, so each
+    is what the text gains by it; tokens that only together make a character stay together.
+    """
+    pieces: list[Piece] = []
+    context = start = 0
+    for end in range(1, len(ids) + 1):
+        text = _gain(ids, context, start, end, decode, special)
+        whole = not text.endswith(_REPLACEMENT) or end - start == _LONGEST_CHARACTER
+        if not whole and end < len(ids) and ids[end] not in special and weights[end] == weights[start]:
+            continue
+        pieces.append(Piece(text, tuple(ids[start:end]), weights[start], ids[start] in special))
+        context, start = start, end
+    return pieces
+
+
+def _gain(
+    ids: list[int], context: int, start: int, end: int, decode: Callable[[list[int]], str], special: dict[int, str]
+) -> str:
+    """What ``ids[start:end]`` add to the text of ``ids[context:start]``."""
+    if end - start == 1 and ids[start] in special:
+        return special[ids[start]]
+    before = decode(ids[context:start])
+    return decode(ids[context:end])[len(before) :]

@@ -1,0 +1,353 @@
+"""Prove on your own model and machine that nothing the trainer does changes the mathematics; about a minute.
+
+    python -m fsdpsft.selftest model.partial_pretrain=path/to/model <other keys of the training> selftest.layers=2
+
+One optimiser step's loss and gradients are computed in each of the trainer's ways and compared with plain
+transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers.
+Without ``data.train_files`` the documents are random tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fsdpsft.checkpoint.export import Handoff
+from fsdpsft.checkpoint.manager import CheckpointManager
+from fsdpsft.checkpoint.state import TrainState
+from fsdpsft.config.load import Config
+from fsdpsft.data.batches.loader import Loader
+from fsdpsft.distributed.mesh import init_mesh
+from fsdpsft.errors import ConfigError, UserError
+from fsdpsft.model import lora
+from fsdpsft.model.attention import AttentionContext, isolation_probe
+from fsdpsft.model.load import build_meta_model, load_model_config
+from fsdpsft.model.sft_model import resolve_dtype
+from fsdpsft.optim import build_optimizer
+from fsdpsft.parallelize import ParallelModel
+from fsdpsft.tools.selftest_subject import (
+    Options,
+    Outcome,
+    Subject,
+    build,
+    enough_gpus,
+    outcome,
+    plain_model,
+    prepare_subject,
+    reference_outcome,
+    together,
+)
+from fsdpsft.tools.terminal import Style
+from fsdpsft.tools.tool_keys import run_tool
+from fsdpsft.train import train_step
+
+log = logging.getLogger(__name__)
+
+USAGE = """python -m fsdpsft.selftest proves the trainer exact on your model and machine; keys of fsdpsft.train and:
+
+  selftest.layers=2           first so many layers of the model
+  selftest.documents=12       documents of the step that is compared
+  selftest.length=192         longest of them, in tokens
+
+"""
+EXACT = 2e-4
+"""Largest relative difference that float32 rounding explains; a mistake in the mathematics is far above it."""
+ROUNDED = {torch.float32: EXACT, torch.bfloat16: 0.1}
+"""The same for the run's own precision; gradients of random documents cancel, which leaves bfloat16 few digits."""
+_WIDTH = 46
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """Raised by a check that does not apply; the message is the reason."""
+
+
+# --- The checks: each returns the largest difference it finds ---------------------------------------------------------
+
+
+def check_isolation(subject: Subject, reference: Outcome) -> float:
+    """Change one packed document and watch the others, with the run's own attention and precision."""
+    _needs_packing(subject)
+    settings = replace(subject.own, lora_rank=0, lora_adapter_path=None)
+    model = build(subject, settings, init_mesh(subject.device), packed=True)
+    base = model.module.eval().causal_lm.base_model
+
+    def states(input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+        with model.computing():
+            output = base(
+                input_ids=input_ids, position_ids=position_ids, attention_context=context, use_cache=False
+            )  # fmt: skip
+        return output.last_hidden_state.float()  # type: ignore[no-any-return]
+
+    vocabulary = model.module.head.weight.shape[0]
+    return isolation_probe(states, model.attend, vocab_size=vocabulary, device=subject.device)
+
+
+def isolation_tolerance(subject: Subject) -> float:
+    """Nothing may move; with experts, whose products take all documents together, rounding may."""
+    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
+    model = build_meta_model(
+        config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=subject.own.trust_remote_code
+    )
+    experts = any(parameter.ndim > 2 for parameter in model.parameters())
+    half = resolve_dtype(subject.own.dtype, subject.device) != torch.float32
+    return (0.1 if half else 1e-5) if experts else 0.0
+
+
+def check_packed(subject: Subject, reference: Outcome) -> float:
+    """All documents in one row."""
+    _needs_packing(subject)
+    return outcome(subject, subject.plain, subject.device, padded=False).difference(reference)
+
+
+def check_padded(subject: Subject, reference: Outcome) -> float:
+    """One padded row a document, three rows at a time."""
+    budget = 3 * int(subject.documents.lengths.max())
+    return outcome(subject, subject.plain, subject.device, padded=True, budget=budget).difference(reference)
+
+
+def check_head(subject: Subject, reference: Outcome) -> float:
+    """The head seven trained tokens at a time, never the full logits."""
+    return outcome(subject, replace(subject.plain, head_chunk_tokens=7), subject.device).difference(reference)
+
+
+def check_trimming(subject: Subject, reference: Outcome) -> float:
+    """The last block on trained tokens alone."""
+    return outcome(subject, replace(subject.plain, trim_last_block=True), subject.device).difference(reference)
+
+
+def check_accumulation(subject: Subject, reference: Outcome) -> float:
+    """The smallest token budget that holds the longest document."""
+    budget = int(subject.documents.lengths.max())
+    return outcome(subject, subject.plain, subject.device, budget=budget).difference(reference)
+
+
+def check_checkpointing(mode: str, offload: bool, subject: Subject, reference: Outcome) -> float:
+    """Activations recomputed, and resting in host memory."""
+    settings = replace(subject.plain, enable_gradient_checkpointing=mode, activation_offload=offload)
+    return outcome(subject, settings, subject.device).difference(reference)
+
+
+def check_data_parallel(subject: Subject, reference: Outcome) -> float:
+    """Two processes share weights and documents."""
+    return together(subject, reference, 2)
+
+
+def check_ulysses(degree: int, subject: Subject, reference: Outcome) -> float:
+    """So many processes share every sequence."""
+    _needs_packing(subject)
+    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
+    heads = config.get_text_config().num_attention_heads
+    if heads < degree:
+        raise Skip(f"the model has {heads} query heads")
+    return together(subject, reference, degree, sp_size=degree)
+
+
+def check_own_settings(subject: Subject, reference: Outcome) -> float:
+    """One step just as the run will do it: its precision, attention, checkpointing, kernels, adapters."""
+    found = outcome(subject, subject.own, subject.device)
+    if subject.own.lora_adapter_path is not None:
+        raise Skip("it starts from an adapter: see the row of LoRA")
+    shared = (
+        {} if subject.own.uses_lora else found.gradients
+    )  # new adapters change no output, and have their own gradients
+    return Outcome(found.loss, shared).difference(reference)
+
+
+def check_lora(subject: Subject, reference: Outcome) -> float:
+    """Logits with adapters beside the weights, and with the adapters merged into them."""
+    settings = replace(subject.plain, lora_rank=subject.own.lora_rank or 8, lora_dropout=0.0)
+    model = build(subject, settings, init_mesh(subject.device), packed=subject.packed)
+    causal_lm = model.module.causal_lm
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in causal_lm.named_parameters():
+            if ".lora_B." in name:  # zero at first, which would prove nothing
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    merged = plain_model(subject)
+    merged.load_state_dict(dict(lora.merged_state(causal_lm)), strict=False)
+    untouched = _relative(_logits_of(plain_model(subject), subject), _own_logits(model, subject))
+    if untouched < 10 * EXACT:
+        raise ConfigError("the adapters change nothing, so that merging them proves nothing")
+    return _relative(_logits_of(merged, subject), _own_logits(model, subject))
+
+
+def check_export(subject: Subject, reference: Outcome) -> float:
+    """Logits after an optimiser step, and those of transformers on what was exported."""
+    model = build(subject, subject.plain, init_mesh(subject.device), packed=subject.packed)
+    documents = subject.documents
+    loader = Loader(
+        documents, train_batch_size=len(documents), token_budget=subject.tokens, pad_token_id=0,
+        padded=not subject.packed, max_rows=None if subject.packed else 3,
+    )  # fmt: skip
+    optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    train_step(model, optimizer, loader.step(0), None)
+    with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:
+        manager = CheckpointManager(Path(folder), Handoff(subject.folder, dtype=torch.float32))
+        manager.save(model.module.causal_lm, optimizer, TrainState(step=1), contents=("model",))
+        manager.close()
+        again = plain_model(subject, Path(folder) / "global_step_1")
+    return _relative(_logits_of(again, subject), _own_logits(model, subject))
+
+
+def _needs_packing(subject: Subject) -> None:
+    if not subject.packed:
+        raise Skip("use_remove_padding=false")
+
+
+def _longest(subject: Subject) -> Tensor:
+    sample = subject.documents.sample(int(subject.documents.lengths.argmax()))
+    return torch.from_numpy(sample.input_ids.astype(np.int64))[None].to(subject.device)
+
+
+@torch.no_grad()
+def _logits_of(model: PreTrainedModel, subject: Subject) -> Tensor:
+    return model.eval()(input_ids=_longest(subject), use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _own_logits(model: ParallelModel, subject: Subject) -> Tensor:
+    """Through our attention and head, on the longest document."""
+    ids = _longest(subject)
+    length = ids.shape[1]
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
+    hidden = model.module.eval().causal_lm.base_model(
+        input_ids=ids, position_ids=torch.arange(length, device=ids.device)[None], use_cache=False,
+        attention_context=AttentionContext(bounds, (length,), length, model.attend),
+    ).last_hidden_state  # fmt: skip
+    return model.module.head.logits(hidden)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: its title, its function, what it tolerates, and how many processes it starts."""
+
+    title: str
+    run: Callable[[Subject, Outcome], float]
+    processes: int = 1
+    tolerance: Callable[[Subject], float] = lambda subject: EXACT
+
+
+def _own_tolerance(subject: Subject) -> float:
+    return ROUNDED[resolve_dtype(subject.own.dtype, subject.device)]
+
+
+CHECKS = (
+    Check("packed documents do not see each other", check_isolation, tolerance=isolation_tolerance),
+    Check("packed = one at a time", check_packed),
+    Check("padded = one at a time", check_padded),
+    Check("head in chunks = full logits", check_head),
+    Check("last block on trained tokens only", check_trimming),
+    Check("many micro-batches = one", check_accumulation),
+    Check("checkpointing, selective", partial(check_checkpointing, "selective", False)),
+    Check("checkpointing, full", partial(check_checkpointing, "full", False)),
+    Check("checkpointing, resting in host memory", partial(check_checkpointing, "full", True)),
+    Check("this run's own model settings", check_own_settings, tolerance=_own_tolerance),
+    Check("data parallel, 2 processes (FSDP2)", check_data_parallel, 2),
+    Check("sequence parallel, 2 processes (Ulysses)", partial(check_ulysses, 2), 2),
+    Check("sequence parallel, 4 processes (Ulysses)", partial(check_ulysses, 4), 4),
+    Check("LoRA merged = unmerged", check_lora),
+    Check("export, loaded again", check_export),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a check came to; ``difference`` is None where it was skipped or ended in an error, for ``note``'s reason."""
+
+    title: str
+    difference: float | None
+    tolerance: float
+    note: str = ""
+    error: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        if self.difference is None:
+            return not self.error
+        return self.difference <= self.tolerance  # false for NaN
+
+    def text(self, style: Style) -> str:
+        """One line."""
+        numbers = " " * 10 if self.difference is None else f"{self.difference:10.1e}"
+        skipped = self.difference is None and not self.error
+        verdict = style.faint("skipped") if skipped else style.good("ok") if self.holds else style.bad("MISS")
+        return f"  {self.title:{_WIDTH}}{numbers}{self.tolerance:11.1e}  {verdict}  {self.note}".rstrip() + "\n"
+
+
+def run_check(check: Check, subject: Subject, reference: Outcome) -> Row:
+    """Run one check; whatever ends it is told in its row."""
+    where = ""
+    if check.processes > 1 and subject.device.type == "cuda" and not enough_gpus(subject, check.processes):
+        where = f"(on CPU: {torch.cuda.device_count()} GPU here)"
+    tolerance = check.tolerance(subject)
+    try:
+        return Row(check.title, check.run(subject, reference), tolerance, where)
+    except Skip as reason:
+        return Row(check.title, None, tolerance, str(reason))
+    except UserError as error:
+        return Row(check.title, None, tolerance, str(error), error=True)
+    except ProcessException as error:
+        log.debug("%s", error)
+        return Row(check.title, None, tolerance, str(error).strip().splitlines()[-1], error=True)
+
+
+def selftest(config: Config, options: Options) -> list[Row]:
+    """Run every check on the model of ``config`` and print each row as it comes.
+
+    Raises:
+        UserError: model or data that training would refuse.
+    """
+    style, began = Style(colour=sys.stdout.isatty()), time.perf_counter()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("fsdpsft").setLevel(logging.WARNING)  # the table alone
+    with prepare_subject(config, options) as subject:
+        documents = subject.documents
+        sys.stdout.write(
+            f"\n{style.strong('Self-test')} of {config.model.partial_pretrain}, {options.layers} layers, on "
+            f"{subject.device.type}: {len(documents)} {'given' if config.data.train_files else 'random'} documents, "
+            f"{subject.tokens} tokens, {int(documents.trained.sum())} trained\n\n"
+            f"  {'each against plain transformers':{_WIDTH}}difference  tolerance\n"
+        )
+        reference = reference_outcome(subject)
+        rows = []
+        for check in CHECKS:
+            rows.append(run_check(check, subject, reference))
+            sys.stdout.write(rows[-1].text(style))
+            sys.stdout.flush()
+    misses = sum(not row.holds for row in rows)
+    verdict = style.bad(f"{misses} of {len(rows)} checks miss.") if misses else style.good("Everything holds.")
+    sys.stdout.write(f"\n{verdict} {style.faint(f'({time.perf_counter() - began:.0f} s)')}\n")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m fsdpsft.selftest``: 0 where everything holds, else 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not any("data.train_files=" in argument or argument.startswith("--config-") for argument in arguments):
+        arguments = [*arguments, "data.train_files=null"]
+    return run_tool("selftest", USAGE, Options, _all_hold, arguments)
+
+
+def _all_hold(config: Config, options: Options) -> bool:
+    return all(row.holds for row in selftest(config, options))

@@ -1,0 +1,95 @@
+"""Tools that take the keys of a training and a few of their own (``check.rows=…``)."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from fsdpsft.config.cli import run_command
+from fsdpsft.config.load import Config
+from fsdpsft.errors import ConfigError, UserError
+
+
+class ToolOptions(Protocol):
+    """A tool's own settings: a dataclass whose fields are its keys."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def parse(cls, values: dict[str, str]) -> Self:
+        """Read the values that were given; raises ConfigError where one is not usable."""
+        ...
+
+
+Own = TypeVar("Own", bound=ToolOptions)
+
+
+def run_tool(
+    tool: str, usage: str, options: type[Own], command: Callable[[Config, Own], object], arguments: Sequence[str] | None
+) -> int:
+    """Part the tool's own keys from the training's, and run ``command`` on both.
+
+    Args:
+        tool: its name, as in ``fsdpsft.{tool}`` and ``{tool}.key=value``.
+        usage: told before the training's keys when help is asked for.
+        options: what the tool's keys are read into.
+        command: what the tool does; it returns False where something does not hold.
+        arguments: the command line; None for this process's own.
+
+    Returns:
+        The exit code: 0, or 1 where something does not hold and after a user's mistake.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(usage)
+    try:
+        taken, rest = take_keys(arguments, tool, [field.name for field in fields(options)])
+        own = options.parse(taken)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    results: list[object] = []
+    failed = run_command(lambda config: results.append(command(config, own)), rest, f"fsdpsft.{tool}")
+    return failed or int(any(result is False for result in results))
+
+
+def take_keys(arguments: Sequence[str], tool: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Part ``tool.key=value`` from the other arguments; a leading ``+`` is accepted.
+
+    Returns:
+        The tool's values by key, as text, and the other arguments.
+
+    Raises:
+        ConfigError: a key that the tool does not have, or one without a value.
+    """
+    taken: dict[str, str] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        name, given, value = argument.lstrip("+").partition("=")
+        if not name.startswith(f"{tool}."):
+            rest.append(argument)
+            continue
+        key = name.removeprefix(f"{tool}.")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {tool}.{close[0]}?" if close else ""
+            names = ", ".join(f"{tool}.{name}" for name in known)
+            raise ConfigError(f"unknown key {name}{hint} (the keys of this tool: {names})")
+        if not given or not value:
+            raise ConfigError(f"{name} needs a value: {name}=…")
+        taken[key] = value
+    return taken, rest
+
+
+def whole_number(key: str, text: str, least: int) -> int:
+    """``text`` as a number of at least ``least``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{key}={text} must be a whole number of at least {least}")
+    return int(text)
