@@ -1,4 +1,4 @@
-"""Prove the mathematics of training on this machine: ``python -m fsdpsft.selftest``, see ``fsdpsft/tools/selftest.py``."""
+"""Prove the mathematics of training on this machine: ``python -m fsdpsft.selftest``."""
 
 import sys
 
