@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fsdpsft.checkpoint import safetensors_write as tensor_writer
 from fsdpsft.checkpoint.export import Handoff, Probe
 from fsdpsft.checkpoint.manager import CheckpointManager
-from fsdpsft.checkpoint.manager import safetensors_write as tensor_writer
 from fsdpsft.checkpoint.manifest import read_manifest
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.errors import CheckpointError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fsdpsft.checkpoint.manager import safetensors_read as tensor_files
+from fsdpsft.checkpoint import safetensors_read as tensor_files
 from fsdpsft.checkpoint.safetensors_read import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fsdpsft.data.mask.template import ChatTemplate, Encoded
 from fsdpsft.errors import ConfigError, DataError, ModelError
 from fsdpsft.testing import tiny_tokenizer
-from tests.data import golden_templates as golden
+from tests.data.mask import golden_templates as golden
 from tests.data.mask.golden_templates import conversation, message, tokenizer_for
 
 QUESTION, ANSWER = message("user", "What is 2+2?"), message("assistant", "It is 4.")
