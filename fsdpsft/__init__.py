@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fsdpsft.config.load import Config, load_config
+from fsdpsft.config.load import load_config
+from fsdpsft.config.schema import Config
 
 if TYPE_CHECKING:
     from fsdpsft.train import train

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fsdpsft.batch import PackedBatch
-from fsdpsft.config.load import ModelConfig
+from fsdpsft.config.schema import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from fsdpsft.config.load import Config, DataConfig
+from fsdpsft.config.schema import Config, DataConfig
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions

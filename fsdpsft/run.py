@@ -19,8 +19,10 @@ import torch
 from fsdpsft.checkpoint.export import Handoff, Probe
 from fsdpsft.checkpoint.folder import only_run_in
 from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
-from fsdpsft.checkpoint.state import TrainState, check_config, read_state
-from fsdpsft.config.load import Config, parse_size, to_yaml
+from fsdpsft.checkpoint.state import TrainState, read_state
+from fsdpsft.config.load import parse_size, to_yaml
+from fsdpsft.config.resume import check_config
+from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader, SampleStore, Step
 from fsdpsft.distributed.failure import explain
 from fsdpsft.distributed.mesh import (

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from fsdpsft.config.cli import run_command
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Step
 from fsdpsft.evaluate import evaluate
 from fsdpsft.optim import clip_grad_norm, set_lr

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,84 +188,3 @@ def allocate_optimizer_state(
 
 def _device(parameter: Tensor) -> torch.device:
     return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that differs between the checkpoint and this run."""
-
-    key: str
-    was: Any
-    now: Any
-
-    def __str__(self) -> str:
-        """As a line of the diff."""
-        return f"  {self.key}: {self.was!r} -> {self.now!r}"
-
-
-HARMLESS = (
-    "data.num_workers", "data.cache_dir", "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu",
-    "data.balance_dp_token", "data.val_files", "data.val_max_samples", "model.strategy", "model.compile",
-    "model.use_liger", "model.attn_implementation", "model.enable_gradient_checkpointing",
-    "model.activation_offload", "model.mlp_tiles", "model.head_chunk_tokens", "model.trim_last_block",
-    "model.fsdp_config.reshard_after_forward", "model.fsdp_config.replicate_size",
-    "model.fsdp_config.gradient_sync", "model.fsdp_config.offload_params", "model.fsdp_config.wrap_policy",
-    "ulysses_sequence_parallel_size", "use_remove_padding", "trainer.default_local_dir", "trainer.default_hdfs_dir",
-    "trainer.project_name", "trainer.experiment_name", "trainer.device", "trainer.save_freq", "trainer.test_freq",
-    "trainer.save_contents", "trainer.async_save", "trainer.max_shard_size", "trainer.verify_export",
-    "trainer.max_ckpt_to_keep", "trainer.keep_every", "trainer.best_metric", "trainer.on_disk_full",
-    "trainer.save_on_file", "trainer.resume_mode", "trainer.resume_from_path", "trainer.allow_config_change",
-    "trainer.logger", "trainer.log_freq", "trainer.timeout",
-)  # fmt: skip
-"""Keys (or sections) whose change leaves what is learnt as it was; any other change is refused."""
-MAY_GROW = ("trainer.total_epochs", "trainer.total_training_steps")
-
-
-def config_changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[Change]:
-    """Every leaf that differs between two nested mappings, in the order of ``now``; absent keys count as None."""
-    changes = []
-    for key in [*now, *(key for key in was if key not in now)]:
-        old, new = (side.get(key) for side in (was, now))
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += config_changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(Change(f"{prefix}{key}", old, new))
-    return changes
-
-
-def is_harmful(change: Change) -> bool:
-    """Whether a changed setting would make the run something else than the one that was begun."""
-    if any(change.key == key or change.key.startswith(f"{key}.") for key in HARMLESS):
-        return False
-    grows = change.was is not None and change.now is not None and change.now > change.was
-    return not (change.key in MAY_GROW and grows)
-
-
-def check_config(was: Mapping[str, Any], now: Mapping[str, Any], *, allow: bool = False) -> list[Change]:
-    """Compare the settings a checkpoint was made with to those of this run.
-
-    Args:
-        was: ``TrainState.config`` of the checkpoint.
-        now: the settings of this run.
-        allow: ``trainer.allow_config_change``: take harmful changes too.
-
-    Returns:
-        All changes, for the log.
-
-    Raises:
-        CheckpointError: a diff of the harmful ones.
-    """
-    changes = config_changes(was, now)
-    harmful = [change for change in changes if is_harmful(change)]
-    if harmful and not allow:
-        raise CheckpointError(_refusal(harmful))
-    return changes
-
-
-def _refusal(harmful: Sequence[Change]) -> str:
-    lines = "\n".join(str(change) for change in harmful)
-    return (
-        f"The checkpoint was made with other settings, so resuming would not continue that run:\n{lines}\n"
-        f"Set them back, begin a new run (another trainer.default_local_dir), or accept the difference with "
-        f"trainer.allow_config_change=true."
-    )

@@ -9,7 +9,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from fsdpsft.config.load import CONF_DIR, Config, load_config, to_yaml
+from fsdpsft.config.load import load_config, to_yaml
+from fsdpsft.config.schema import Config
+from fsdpsft.config.yaml_file import CONF_DIR
 from fsdpsft.errors import RunFailed, UserError
 
 USAGE = """usage: [torchrun --nproc_per_node=N] -m {module} key=value …

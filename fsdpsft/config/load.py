@@ -1,168 +1,37 @@
-"""Settings: how the YAML and the overrides become the typed schema, checked.
+"""From the command line to typed settings: defaults, presets, YAML files, overrides, in that order.
 
-``conf/train.yaml`` holds each key's default and meaning, ``config_schema.py`` its type, ``config_rules.py`` its
-rules. ``load_config`` ends in plain dataclasses; nothing further in sees a Hydra or OmegaConf object. Imports no torch,
-so that a typing mistake is reported in a second.
+``load_config`` ends in plain dataclasses; nothing further in sees a Hydra or OmegaConf object. Imports no torch, so
+that a typing mistake is reported in a second.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from fsdpsft.config.rules import CHOICES, check
-from fsdpsft.config.schema import (
-    Config,
-    DataConfig,
-    FSDPConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainerConfig,
-    schema_keys,
-)
+from fsdpsft.config.names import ALIASES, RETIRED, unknown_key
+from fsdpsft.config.rules import check
+from fsdpsft.config.schema import KEYS, Config, Key
+from fsdpsft.config.yaml_file import CONF_DIR
 from fsdpsft.errors import ConfigError
-
-__all__ = [
-    "CONF_DIR",
-    "Config",
-    "DataConfig",
-    "FSDPConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "TrainerConfig",
-    "default_values",
-    "load_config",
-    "parse_size",
-    "to_yaml",
-]
 
 log = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel carries the YAML as fsdpsft/conf (see pyproject.toml); a checkout has it beside the package.
-CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-
-
-ALIASES = {
-    "data.micro_batch_size": "data.micro_batch_size_per_gpu",
-    "data.max_token_len": "data.max_token_len_per_gpu",
-    "data.multiturn.tools_key": "data.tools_key",
-    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
-    "model.path": "model.partial_pretrain",
-    "model.fsdp_config.cpu_offload": "model.fsdp_config.offload_params",
-    "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
-    "optim.lr_warmup_steps": "optim.warmup_steps",
-    "trainer.checkpoint.save_contents": "trainer.save_contents",
-}
-RETIRED = {
-    "trainer.nnodes": "the number of nodes is torchrun's --nnodes; leave the key out",
-    "trainer.n_gpus_per_node": "the number of processes is torchrun's --nproc_per_node; leave the key out",
-    "data.use_shm": "tokenised data is memory-mapped and shared already; leave the key out",
-    "model.use_shm": "weights are read straight into their shards; leave the key out",
-    "model.external_lib": "import your library before calling fsdpsft.train(), or use data.custom_cls",
-    "trainer.checkpoint.load_contents": "resuming loads the whole trainer_state/; leave the key out",
-}
-_KEYS = schema_keys()
-_OVERRIDE = re.compile(r"^(?P<mark>\+\+|\+|~)?(?P<key>[A-Za-z_][\w.\-]*)(?P<rest>=.*)?$", re.DOTALL)
-
-
-def unknown_key(key: str) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does."""
-    close = difflib.get_close_matches(key, [*_KEYS, *ALIASES], n=1, cutoff=0.4)
-    tail = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = (tail or close or [""])[0]
-    hint = f"; did you mean {nearest}?" if nearest else ""
-    return ConfigError(f"unknown key {key}{hint} (all keys: python -m fsdpsft.train --help)")
-
-
-def _normalise_override(text: str) -> str:
-    """Map one override as users type it to the one form Hydra takes: known keys bare, aliases resolved."""
-    match = _OVERRIDE.match(text.strip())
-    if match is None or match["rest"] is None or match["mark"] == "~":
-        raise ConfigError(f"cannot read the argument {text!r}: expected key=value, for example optim.lr=1e-5")
-    key, rest = match["key"], match["rest"]
-    if key in RETIRED:
-        raise ConfigError(f"{key} does not exist here: {RETIRED[key]}")
-    if key in ALIASES:
-        log.warning("%s is an older name of %s", key, ALIASES[key])
-        key = ALIASES[key]
-    if key in _KEYS or key == "preset":
-        return key + rest
-    if key.startswith("data.chat_template_kwargs."):
-        return f"++{key}{rest}"
-    raise unknown_key(key)
-
-
-def _parse_overrides(overrides: Sequence[str]) -> list[str]:
-    texts = [_normalise_override(text) for text in overrides]
-    parser = OverridesParser.create()
-    for text in texts:
-        try:
-            parsed = parser.parse_override(text)
-        except HydraException as error:
-            key, _, value = text.partition("=")
-            raise ConfigError(
-                f"cannot read the value of {key}: {value!r}. Text with spaces or special characters needs quotes "
-                f"inside the argument: '{key}=\"...\"'"
-            ) from error
-        if parsed.is_sweep_override():
-            raise ConfigError(f"{text}: several values need brackets, {text.partition('=')[0]}=[a,b]")
-    return texts
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of a nested mapping; keys whose type is itself a mapping are leaves."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        key = prefix + str(name)
-        if isinstance(value, Mapping) and key not in _KEYS:
-            flat |= _flatten(value, key + ".")
-        else:
-            flat[key] = value
-    return flat
-
-
-def _normalise_values(raw: DictConfig) -> None:
-    """Bring the spellings that users of other trainers type to the one this schema knows, in place."""
-    dtypes = {"fp32": "float32", "bf16": "bfloat16"}
-    for key in CHOICES:
-        value = OmegaConf.select(raw, key)
-        if key.endswith("dtype") and value in dtypes:
-            OmegaConf.update(raw, key, dtypes[value])
-    checkpointing = "model.enable_gradient_checkpointing"
-    value = OmegaConf.select(raw, checkpointing)
-    if isinstance(value, bool):
-        OmegaConf.update(raw, checkpointing, "full" if value else "none")
-    for key in ("data.train_max_samples", "data.val_max_samples", "trainer.max_ckpt_to_keep", "optim.clip_grad",
-                "trainer.total_training_steps", "optim.warmup_steps"):  # fmt: skip
-        if OmegaConf.select(raw, key) == -1:
-            OmegaConf.update(raw, key, None)
-    for key in ("trainer.logger", "trainer.save_contents", "data.prompt_dict_keys", "data.response_dict_keys",
-                "model.modules_to_save"):  # fmt: skip
-        value = OmegaConf.select(raw, key)
-        if isinstance(value, str):
-            OmegaConf.update(raw, key, [value])
-
-
-def _compose(overrides: Sequence[str], config_dir: str | Path | None, config_name: str) -> DictConfig:
-    directory = Path(config_dir).resolve() if config_dir else CONF_DIR
-    search = [f"hydra.searchpath=[file://{CONF_DIR}]"] if config_dir else []
-    try:
-        with initialize_config_dir(str(directory), version_base="1.3"):
-            composed: DictConfig = compose(config_name, overrides=[*overrides, *search])
-            return composed
-    except HydraException as error:
-        raise ConfigError(f"cannot compose {config_name} from {directory}: {str(error).strip()}") from error
+TEMPLATE_VARIABLE = "data.chat_template_kwargs."
+_OVERRIDE = re.compile(r"^(?:\+\+|\+)?(?P<key>[A-Za-z_][\w.\-]*)=(?P<value>.*)$", re.DOTALL)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+_REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
 def load_config(
@@ -171,43 +40,34 @@ def load_config(
     """Compose the YAML and the overrides, type them, and check all that can be checked without data or model.
 
     Args:
-        overrides: ``key=value`` as on the command line; a leading ``+`` is accepted on known keys.
-        config_dir: folder of the user's own YAML, which may name ``train`` in its defaults list to extend it.
+        overrides: ``key=value`` as on the command line, a leading ``+`` allowed; or the path of a YAML file that holds
+            only the keys it sets, such as the ``config.yaml`` of a run. An override beats a file, a later file an
+            earlier one.
+        config_dir: folder of the user's own Hydra configuration, which may name ``train`` in its defaults list.
         config_name: name of the YAML file in that folder, without its suffix.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a combination that cannot work; all faults at once.
     """
-    texts = _parse_overrides(overrides)
-    raw = _compose(texts, config_dir, config_name)
-    for key in _flatten(OmegaConf.to_container(raw, resolve=False)):  # type: ignore[arg-type]
-        if key not in _KEYS:
-            raise unknown_key(key)
-    missing = sorted(OmegaConf.missing_keys(raw))
-    if missing:
-        raise ConfigError("; ".join(f"{key} is not set: {key}=…" for key in missing))
-    _normalise_values(raw)
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a key"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    check(config, _flatten(config.as_dict()), default_values())
+    files = [text for text in overrides if _is_file(text)]
+    given = dict(_parse(text) for text in overrides if not _is_file(text))
+    raw = _compose(given.pop("preset", None), config_dir, config_name)
+    for name, value in [item for file in files for item in _read_file(Path(file).expanduser()).items()]:
+        _set(raw, name, value)
+    for name, value in given.items():
+        _set(raw, name, value)
+    for name in _flatten(OmegaConf.to_container(raw, resolve=False)):  # type: ignore[arg-type]
+        if name not in KEYS:
+            raise unknown_key(name)
+    _spell(raw)
+    config = _typed(raw)
+    check(config, _flatten(config.as_dict()))
+    config.from_environment = _from_environment(raw)
     return config
 
 
-def default_values() -> dict[str, Any]:
-    """Dotted keys of ``conf/train.yaml`` with their defaults, spelled as the schema spells them."""
-    raw = _compose([], None, "train")
-    OmegaConf.update(raw, "data.train_files", "")
-    OmegaConf.update(raw, "model.partial_pretrain", "")
-    _normalise_values(raw)
-    return _flatten(OmegaConf.to_container(raw, resolve=True))  # type: ignore[arg-type]
-
-
 def to_yaml(config: Config) -> str:
-    """The resolved settings as YAML text."""
+    """The settings as YAML text that ``load_config`` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(config.as_dict()))
 
 
@@ -221,3 +81,170 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"trainer.max_shard_size={text} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+# --- what the user typed --------------------------------------------------------------------------------------------
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) and _OVERRIDE.match(text) is None
+
+
+def _known(name: str) -> str:
+    """The key that ``name`` means.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in RETIRED:
+        raise ConfigError(f"{name} does not exist here: {RETIRED[name]}")
+    if name in ALIASES:
+        log.warning("%s is an older name of %s", name, ALIASES[name])
+        return ALIASES[name]
+    if name in KEYS or name == "preset" or name.startswith(TEMPLATE_VARIABLE):
+        return name
+    raise unknown_key(name)
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    """Key and value of one ``key=value``."""
+    match = _OVERRIDE.match(text.strip())
+    if match is None:
+        raise ConfigError(f"cannot read the argument {text!r}: expected key=value, for example optim.lr=1e-5")
+    name, value = _known(match["key"]), match["value"]
+    if _is_text(name) and value[:1] not in ("'", '"', "[", "{") and value not in ("null", "???"):
+        if "," in value and not Path(value).expanduser().exists():
+            raise ConfigError(f"{text}: several values need brackets, {name}=[{value}]")
+        return name, value  # a path may hold blanks, commas, = and parentheses: they mean nothing here
+    try:
+        if name in KEYS and KEYS[name].path:  # Hydra's grammar has no ~, YAML's reads it as people mean it
+            return name, OmegaConf.to_container(OmegaConf.create(f"k: {value}"))["k"]  # type: ignore[index, call-overload]
+        return name, OverridesParser.create().parse_override(f"k={value}").value()
+    except (HydraException, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the value of {name}: {value!r}. A list is written {name}=[a,b]") from error
+
+
+def _is_text(name: str) -> bool:
+    """Whether values of the key are text, or names of files, that need no grammar."""
+    return name in KEYS and (KEYS[name].path or KEYS[name].type in (str, str | None))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Known keys of a YAML file, dotted."""
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if isinstance(content, ListConfig):
+        raise ConfigError(f"{path} holds a list; expected keys, for example data: {{train_files: chats.parquet}}")
+    flat = _flatten(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
+    try:
+        return {_known(name): value for name, value in flat.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _compose(preset: str | None, config_dir: str | Path | None, config_name: str) -> DictConfig:
+    directory = Path(config_dir).expanduser().resolve() if config_dir else CONF_DIR
+    overrides = [f"hydra.searchpath=[file://{CONF_DIR}]"] if config_dir else []
+    overrides += [f"preset={preset}"] if preset else []
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            composed: DictConfig = compose(config_name, overrides=overrides)
+            return composed
+    except HydraException as error:
+        raise ConfigError(f"cannot compose {config_name} from {directory}: {str(error).strip()}") from error
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of a nested mapping; keys whose type is itself a mapping are leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        key = prefix + str(name)
+        if isinstance(value, Mapping) and key not in KEYS:
+            flat |= _flatten(value, key + ".")
+        else:
+            flat[key] = value
+    return flat
+
+
+# --- from values to types -------------------------------------------------------------------------------------------
+
+
+def _set(raw: DictConfig, name: str, value: Any) -> None:
+    _told(lambda: OmegaConf.update(raw, name, value, merge=False, force_add=True), name)
+
+
+def _spell(raw: DictConfig) -> None:
+    """Bring the spellings that people type to the one the schema knows, in place."""
+    for name, key in KEYS.items():
+        value = _told(lambda name=name: OmegaConf.select(raw, name), name)  # type: ignore[misc]
+        spelt = _spelt(name, key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+        if spelt is not None:
+            OmegaConf.update(raw, name, spelt[0])
+
+
+def _spelt(name: str, key: Key, value: Any) -> tuple[Any] | None:
+    """The value as the schema spells it, in a tuple; None where that is how it is."""
+    spelt = value
+    if name == "model.enable_gradient_checkpointing" and str(value).lower() in ("true", "false"):
+        spelt = "full" if str(value).lower() == "true" else "none"
+    elif "float32" in key.choices and value in _DTYPES:
+        spelt = _DTYPES[value]
+    elif key.nullable and key.low is not None and value == -1:
+        spelt = None
+    elif isinstance(value, str) and key.type in (list[str], list[str] | None):
+        spelt = [value]
+    elif key.path:
+        spelt = _at_home(value)
+    return None if spelt == value and type(spelt) is type(value) else (spelt,)
+
+
+def _at_home(value: Any) -> Any:
+    """Paths, alone or in lists of ``path`` or ``{path, weight}``, with ``~`` written out."""
+    if isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _at_home(value["path"])}
+    return value
+
+
+def _typed(raw: DictConfig) -> Config:
+    missing = [name for name in KEYS if _told(lambda name=name: OmegaConf.is_missing(*_parent(raw, name)), name)]  # type: ignore[misc]
+    if missing:
+        raise ConfigError("; ".join(f"{name} is not set: {name}=…" for name in missing))
+    config = _told(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw)), "a key")
+    assert isinstance(config, Config)
+    return config
+
+
+def _parent(raw: DictConfig, name: str) -> tuple[Any, str]:
+    section, _, leaf = name.rpartition(".")
+    return (OmegaConf.select(raw, section) if section else raw), leaf
+
+
+def _told(work: Callable[[], Any], name: str) -> Any:
+    """Run ``work`` on the settings; what OmegaConf and its resolvers raise becomes one line that names the key."""
+    try:
+        return work()
+    except (OmegaConfBaseException, HydraException, ValueError, KeyError, TypeError) as error:
+        key = getattr(error, "full_key", None) or name
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{key}: {reason[0]}") from error
+
+
+def _from_environment(raw: DictConfig) -> dict[str, str]:
+    """Keys whose text reads an environment variable, itself or by way of another key, with that text."""
+    texts = _flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
+    found: dict[str, str] = {}
+    for _ in KEYS:  # as many rounds as a chain of references can be long
+        before = len(found)
+        for name, value in texts.items():
+            text = str(value)
+            if _ENVIRONMENT.search(text) or any(other in found for other in _REFERENCE.findall(text)):
+                found[name] = value
+        if len(found) == before:
+            break
+    return found

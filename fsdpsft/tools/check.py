@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.rows.sources import Source, resolve_sources

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError
 from fsdpsft.loss import default_chunk
 from fsdpsft.metrics import PEAK_FLOPS

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.prepare import prepare_data

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader
 from fsdpsft.data.batches.packing import Balance, in_order_plan, measure
 from fsdpsft.distributed.mesh import Mesh, check_world

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from fsdpsft.checkpoint.export import Handoff
 from fsdpsft.checkpoint.manager import CheckpointManager
 from fsdpsft.checkpoint.state import TrainState
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.errors import ConfigError, UserError

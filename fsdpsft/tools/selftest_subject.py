@@ -19,7 +19,7 @@ from fsdpsft.batch import Sample
 from fsdpsft.checkpoint.export import StoredDtypes, carried_files
 from fsdpsft.checkpoint.files import copy_file
 from fsdpsft.checkpoint.parameters import full, hf_name
-from fsdpsft.config.load import Config, ModelConfig
+from fsdpsft.config.schema import Config, ModelConfig
 from fsdpsft.data.batches.loader import Loader
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from fsdpsft.config.cli import run_command
-from fsdpsft.config.load import Config
+from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError, UserError
 
 

@@ -10,72 +10,12 @@ import pytest
 import torch
 
 from fsdpsft.checkpoint.state import (
-    HARMLESS,
-    Change,
     allocate_optimizer_state,
     capture_rng,
-    check_config,
     optimizer_tensors,
     restore_rng,
 )
-from fsdpsft.config.load import load_config
 from fsdpsft.errors import CheckpointError
-
-BASE = {
-    "data": {"train_batch_size": 256, "num_workers": 2, "train_files": ["a.parquet"]},
-    "trainer": {"seed": 1, "total_epochs": 2, "logger": ["console"], "save_freq": 10},
-}
-
-
-def changed(section: str, key: str, value: object) -> dict[str, dict[str, object]]:
-    return {name: {**part, key: value} if name == section else dict(part) for name, part in BASE.items()}
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("data", "num_workers", 8),
-        ("trainer", "logger", ["wandb"]),
-        ("trainer", "save_freq", "epoch"),
-        ("trainer", "total_epochs", 3),
-    ],
-)
-def test_harmless_changes_are_taken_and_told(section, key, value) -> None:
-    assert check_config(BASE, changed(section, key, value)) == [Change(f"{section}.{key}", BASE[section][key], value)]
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("data", "train_batch_size", 128),
-        ("data", "train_files", ["b.parquet"]),
-        ("trainer", "seed", 2),
-        ("trainer", "total_epochs", 1),
-    ],
-)
-def test_harmful_changes_are_refused_with_a_diff(section, key, value) -> None:
-    now = changed(section, key, value)
-    with pytest.raises(CheckpointError) as caught:
-        check_config(BASE, now)
-    assert f"  {section}.{key}: {BASE[section][key]!r} -> {value!r}" in str(caught.value)
-    assert len(check_config(BASE, now, allow=True)) == 1
-
-
-def test_a_key_that_came_or_went_is_a_change() -> None:
-    gone = {"data": {"num_workers": 2}, "trainer": BASE["trainer"]}
-    assert {change.key for change in check_config(BASE, gone, allow=True)} == {
-        "data.train_batch_size",
-        "data.train_files",
-    }
-
-
-def test_every_harmless_key_exists(tmp_path) -> None:
-    settings = load_config([f"data.train_files={tmp_path}", f"model.partial_pretrain={tmp_path}"]).as_dict()
-    for key in HARMLESS:
-        part = settings
-        for name in key.split("."):
-            assert name in part, key
-            part = part[name]
 
 
 def test_generators_survive_json() -> None:
