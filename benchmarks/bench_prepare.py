@@ -1,6 +1,6 @@
 """Rows a second of turning conversations into tokens and masks: ours and TRL's, side by side.
 
-    python -m benchmarks.bench_prepare --rows 7473 --processes 2
+    python -m benchmarks.bench_prepare --rows 50000 --processes 2
 
 From the same file to token ids and masks on disk, by the same tokenizer in as many processes; rounds alternate, each in
 a fresh process with cold caches. The time includes reading the file and starting the processes, for both.
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import diverse
 from benchmarks.common import (
     RESULTS,
     SHAPE_25M,
@@ -104,12 +105,15 @@ def run_apart(which: str, folder: Path, processes: int) -> dict[str, Any]:
     return result
 
 
-def write_rows(folder: Path, count: int) -> None:
-    """Conversations of one question and one answer: GSM8K, or made up; and a model folder with a tokenizer for them."""
+def write_rows(folder: Path, count: int, text: str) -> None:
+    """Conversations of one question and one answer, and a model folder with a tokenizer trained on the first of them.
+
+    Args:
+        text: ``diverse`` (no row twice, new words all along) or ``gsm8k`` (its 7,473 rows, again and again).
+    """
     file = gsm8k_file()
-    parts = (
-        texts(file) if file else [f"What is {n} plus {n + 1}? " * 8 + f"It is {2 * n + 1}." for n in range(2 * count)]
-    )
+    assert text == "diverse" or file is not None, "no GSM8K here; set FSDPSFT_TEST_DATA, or use --text diverse"
+    parts = texts(file) if text == "gsm8k" and file else diverse.texts(2 * count)
     pairs = [(parts[i % len(parts)], parts[(i + 1) % len(parts)]) for i in range(0, 2 * count, 2)]
     lines = []
     for number, (question, answer) in enumerate(pairs):
@@ -117,8 +121,8 @@ def write_rows(folder: Path, count: int) -> None:
         messages = [{"role": "user", "content": question + again}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages}))
     (folder / "chats.jsonl").write_text("\n".join(lines))
-    tokenizer = tiny_tokenizer(TEMPLATE, corpus=parts[:8000], vocab_size=16384)
-    save_model(folder / "model", 16384, {**SHAPE_25M, **TINY}, tokenizer)
+    tokenizer = tiny_tokenizer(TEMPLATE, corpus=parts[:20_000], vocab_size=32768)
+    save_model(folder / "model", 32768, {**SHAPE_25M, **TINY}, tokenizer)
 
 
 def main() -> None:
@@ -128,14 +132,15 @@ def main() -> None:
         print("RESULT " + json.dumps({"ours": ours, "trl": trl}[which](Path(folder), int(processes))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=7473)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--text", choices=("diverse", "gsm8k"), default="diverse")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / f"{hardware_name()}-prepare.json")
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as scratch:
-        write_rows(Path(scratch), arguments.rows)
+        write_rows(Path(scratch), arguments.rows, arguments.text)
         for _ in range(arguments.rounds):
             for which, done in runs.items():
                 done.append(run_apart(which, Path(scratch), arguments.processes))
@@ -144,7 +149,7 @@ def main() -> None:
     same = counts["ours"] == counts["trl"]
     speeds = {which: arguments.rows / statistics.median(run["seconds"] for run in done) for which, done in runs.items()}
     write_json(arguments.out, {
-        "what": "preparation of data", "environment": environment(), "rows": arguments.rows,
+        "what": "preparation of data", "environment": environment(), "rows": arguments.rows, "text": arguments.text,
         "processes": arguments.processes, "gate": "passed" if same else f"tokens differ: {counts}", "runs": runs,
         **({"rows_per_s": speeds, "ours_over_trl": speeds["ours"] / speeds["trl"]} if same else {}),
     })  # fmt: skip
