@@ -37,7 +37,6 @@ def bare_step(run: Run, step: Step) -> None:
     torch.nn.utils.clip_grad_norm_(run.model.module.parameters(), CLIP)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.model.weights_changed()
 
 
 def measure(folder: Path) -> dict[str, Any]:

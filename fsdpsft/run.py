@@ -277,7 +277,6 @@ def _resume(
     was, now = ({_CONTENT: fingerprint} for fingerprint in (saved.data_fingerprint, data.train.fingerprint))
     check_config(was | saved.config, now | config.as_dict(), allow=t.allow_config_change)
     state = checkpoints.load(path, model.module.causal_lm, optimizer, verified=t.resume_from_path is None)
-    model.weights_changed()
     return state
 
 

@@ -79,7 +79,6 @@ def train_step(
     grad_norm = clip_grad_norm(model.module.parameters(), clip_grad)
     optimizer.step()
     optimizer.zero_grad()
-    model.weights_changed()
     return StepStats(model.mesh.sum(losses), grad_norm)
 
 

@@ -1,32 +1,31 @@
-"""Trade time for memory: recompute activations in the backward pass, rest them in host memory, tile the MLP.
+"""Trade time for memory: recompute activations in the backward pass, offload them to the host, tile the MLP.
 
-All of it wraps ``forward`` of existing modules: no module is added, so parameter names do not change, and FSDP's hooks,
-which sit on the module's call, do not run a second time when a block is recomputed. Every mode computes the same
-numbers by the same kernels; gradients are bit-identical on CPU, except that tiles change the shape, and so the
-rounding, of the MLP's products.
+All of it wraps ``forward`` of existing modules and adds none. So parameter names do not change, and FSDP's hooks, which
+sit on the module's call, do not run a second time when a block is recomputed: this is why a forward is replaced here.
+Every mode computes the same numbers by the same kernels; gradients are bit-identical on CPU, except that tiles change
+the shape, and so the rounding, of the MLP's products.
 
 What one block of T tokens keeps until its backward pass (D: hidden size, I: the MLP's width, Q and K: width of all
-query heads and of all key or value heads), and what is made again then:
+query heads and of all key or value heads):
 
     none         everything: inputs of each product, norm and activation, in float32 where a norm works in it
-    selective    the inputs of attention and of the MLP, 2 T D; results of their products but the last, Q + 2 K and 2 I
-                 a token; attention's output, Q a token; what came by an exchange. Norms, rotary embedding, the MLP's
-                 activation and what adapters add are made again, no other product, attention or exchange is. Attention
-                 and MLP are units of their own: while one is made again and passed back, nothing of the other is alive
-    full         the block's input, T D; the whole block is made again, but for its last product. Two units would keep
-                 T D more for each block to save the smaller one's intermediates once, which is worse in all but the
-                 shallowest models (measured). Not so where kept inputs rest in host memory: then there are two
-    mlp_tiles    the inputs of attention and of the MLP, 2 T D; with ``selective`` also what it keeps of attention.
-                 Never more than one tile of the MLP's intermediates
+    selective    the block's input, T D; results of its products but the last, Q + 2 K + D + 2 I a token; attention's
+                 output, Q a token; what came by an exchange. Norms, rotary embedding, the MLP's activation and what
+                 adapters add are recomputed, no other product, attention or exchange is
+    full         the block's input, T D; the whole block is recomputed, but for its last product
+    mlp_tiles    inputs of the block's children instead of the block's; with ``selective`` also what it keeps of
+                 attention. Never more than one tile of the MLP's intermediates
 
 Inside a compiled unit no single operator can be seen. There, selective keeps what stands outside: attention's output
-and what came by an exchange. What the compiler has fused is made again as a whole.
+and what came by an exchange. What the compiler has fused is recomputed as a whole.
+
+What selective keeps must be what the operator gave, whatever is done to its result later (see ``_Keep``).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -48,81 +48,84 @@ operations in the time of one byte."""
 PRODUCTS = frozenset({"mm", "addmm", "linear", "_grouped_mm", "_scaled_mm", "all_to_all_single"})
 
 Forward = Callable[..., Any]
-Split = Callable[[nn.Module], Sequence[nn.Module] | None]
-"""Takes a block apart into modules that can be recomputed each alone, in forward order; None where it cannot."""
 
 
-def apply(
-    blocks: Sequence[nn.Module],
-    mode: str,
-    *,
-    offload: bool = False,
-    mlp_tiles: int = 1,
-    split: Split = lambda block: None,
-    prepare: Callable[[nn.Module], None] = lambda unit: None,
-) -> None:
-    """Set up checkpointing of a model's decoder blocks, in place; before FSDP.
+@dataclass(frozen=True)
+class Recomputation:
+    """How activations are kept for the backward pass.
 
-    Args:
-        blocks: the decoder blocks in forward order.
+    Attributes:
         mode: ``none``, ``selective`` or ``full``.
         offload: keep the inputs of checkpointed units in host memory until their backward pass.
         mlp_tiles: above 1, each block's MLP runs over this many slices of the tokens, each recomputed on its own. The
-            block's other parts then are units of their own: with the whole block as one, the MLP would run three times
-            instead of twice.
-        split: how to take a block apart, where that saves memory.
-        prepare: called with each unit before its forward is wrapped (to compile it).
+            block's other children then are units of their own: with the whole block as one, the MLP would run three
+            times instead of twice.
+        draws: the blocks draw random numbers, which a recomputation must draw again.
+    """
+
+    mode: str
+    offload: bool = False
+    mlp_tiles: int = 1
+    draws: bool = True
+
+
+def units(blocks: Sequence[nn.Module], mlp_tiles: int = 1) -> list[nn.Module]:
+    """The modules that are recomputed each alone, in forward order: blocks, or their children where MLPs are tiled."""
+    return list(blocks) if mlp_tiles == 1 else [child for block in blocks for child in block.children()]
+
+
+def apply(blocks: Sequence[nn.Module], how: Recomputation) -> None:
+    """Set up checkpointing of a model's decoder blocks, in place; after compile and before FSDP.
+
+    Args:
+        blocks: the decoder blocks in forward order.
+        how: what to recompute.
 
     Raises:
         ConfigError: ``offload`` without checkpointing, which alone knows what may leave the device.
         ModelError: ``mlp_tiles`` for a block in which no plain MLP is found.
     """
-    assert mode in ("none", "selective", "full"), mode
-    if offload and mode == "none":
+    assert how.mode in ("none", "selective", "full"), how.mode
+    if how.offload and how.mode == "none":
         raise ConfigError(
             "model.activation_offload=true moves what checkpointing keeps; set "
             "model.enable_gradient_checkpointing=selective or full."
         )
-    units: list[nn.Module] = []
-    for block in blocks:
-        mlp = _plain_mlp(block, mlp_tiles) if mlp_tiles > 1 else None
-        parts = list(split(block) or ()) if mode == "selective" or offload or mlp is not None else []
-        parts = parts or ([block] if mlp is None else list(block.children()))
-        for part in parts:
-            prepare(part)
-        if mlp is not None:
-            mlp.forward = _tiled(mlp.forward, mlp_tiles)
-        units += [part for part in parts if part is not mlp]
-    if mode == "none":
+    tiled = [_plain_mlp(block, how.mlp_tiles) for block in blocks] if how.mlp_tiles > 1 else []
+    for mlp in tiled:
+        mlp.forward = _tiled(mlp.forward, how)
+    if how.mode == "none":
         return
-    rest = HostRest(len(units)) if offload else None
-    for index, unit in enumerate(units):
-        resting = partial(rest.of_unit, index) if rest else None
-        unit.forward = _checkpointed(unit.forward, keep=mode == "selective", resting=resting)
+    whole = [unit for unit in units(blocks, how.mlp_tiles) if unit not in tiled]
+    offload = HostOffload(len(whole)) if how.offload else None
+    for index, unit in enumerate(whole):
+        inputs_kept = partial(offload.of_unit, index) if offload else nullcontext
+        unit.forward = _checkpointed(unit.forward, how, inputs_kept)
 
 
 def _checkpointed(
-    forward: Forward, *, keep: bool = False, resting: Callable[[], AbstractContextManager[None]] | None = None
+    forward: Forward, how: Recomputation, inputs_kept: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Forward:
     """``forward`` under non-reentrant checkpointing, which allows keyword arguments and inputs without gradient.
 
     Args:
-        keep: results that are costly to make.
-        resting: context in which the inputs are saved.
+        forward: of a unit.
+        how: in mode ``selective``, results that are costly to make are kept.
+        inputs_kept: context in which the inputs are saved.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         work, inputs = _closed_over_constants(forward, args, kwargs)
-        with resting() if resting else nullcontext():
-            if not keep:
-                return checkpoint(work, *inputs, use_reentrant=False)
+        recomputed = partial(checkpoint, work, *inputs, use_reentrant=False, preserve_rng_state=how.draws)
+        with inputs_kept():
+            if how.mode != "selective":
+                return recomputed()
             results: _Results = deque()
-            output = checkpoint(
-                work, *inputs, use_reentrant=False, context_fn=lambda: (_Keep(results), _Reuse(results))
-            )
-        _forget_last(results, output)
+            keep = _Keep(results)
+            output = recomputed(context_fn=lambda: (keep, _Reuse(results)))
+        keep.release(output)
         return output
 
     return run
@@ -142,12 +145,24 @@ def _closed_over_constants(
     return work, [*args, *(kwargs[name] for name in names)]
 
 
-_Results = deque[tuple[Any, Any]]
-"""Costly operators of a unit and their results, in the order they ran."""
+# --- Selective: what is kept, and that nothing can write to it ------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A costly operator and its result, detached; None: to be made again."""
+
+    op: Any
+    result: Any
+    versions: list[int]
+
+
+_Results = deque[_Kept]
+"""Costly operators of a unit in the order they ran."""
 
 
 class _Unit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator of a unit; compiled regions stay compiled, and are made again as a whole."""
+    """Sees every operator of a unit; compiled regions stay compiled, and are recomputed as a whole."""
 
     supports_higher_order_operators = True
 
@@ -162,27 +177,122 @@ class _Unit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Keep(_Unit):  # type: ignore[no-untyped-call]
-    """The forward pass: keeps results of matrix products, attention kernels and exchanges between ranks."""
+    """The forward pass: keeps results of matrix products, attention kernels and exchanges between ranks.
+
+    A result is kept in the memory that the block goes on with. Whatever may write there is given that memory, and what
+    is kept moves to a copy first. What may write: an operator whose schema says so; an operator without a schema; and
+    code that torch does not see, such as a Triton kernel, for which no version counter moves. For a gradient to come
+    back through such code it must stand in an ``autograd.Function``, so inside this context all of their ``apply``
+    pass by here. What the unit returns is anybody's to write to, so it is not kept.
+    """
+
+    def __init__(self, results: _Results) -> None:
+        super().__init__(results)
+        self.exposed: dict[int, _Kept] = {}  # by the storages that the block can still reach
+        self._outer: tuple[_Keep | None, Any] | None = None
+
+    def __enter__(self) -> _Keep:
+        """Watch operators and autograd functions."""
+        global _watching
+        self._outer = _watching, vars(Function)["apply"]
+        _watching, Function.apply = self, classmethod(_apply_watched)  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Put all back."""
+        global _watching
+        assert self._outer is not None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _watching, Function.apply = self._outer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _is_costly(func, args):  # detached, or they would keep the graph alive that keeps them
-            self.results.append((func, tree_map_only(Tensor, Tensor.detach, result)))
+        kwargs = kwargs or {}
+        if self.exposed and (written := _written(func)) is not None:
+            self.protect([args[i] for i in written if isinstance(i, int) and i < len(args)])
+            self.protect([kwargs[name] for name in written if name in kwargs])
+        elif self.exposed and not isinstance(func, torch._ops.OpOverload):
+            self.protect((args, kwargs))
+        result = func(*args, **kwargs)
+        if _is_costly(func, args):
+            kept = _Kept(func, tree_map_only(Tensor, _detached, result), [])
+            kept.versions = [tensor._version for tensor in _tensors(kept.result)]
+            self.results.append(kept)
+            self.exposed.update(dict.fromkeys(_storages(kept.result), kept))
         return result
+
+    def protect(self, given: Any) -> None:
+        """Before something may write to the tensors in ``given``: what is kept there moves to a copy of its own."""
+        for kept in {self.exposed[s] for s in _storages(given) if s in self.exposed}:
+            for storage in _storages(kept.result):
+                del self.exposed[storage]
+            with torch.no_grad():
+                kept.result = tree_map_only(Tensor, Tensor.clone, kept.result)
+            kept.versions = [0] * len(kept.versions)
+
+    def release(self, output: Any) -> None:
+        """At the unit's end: what it returns is made again, which for the last operator costs nothing."""
+        for storage in _storages(output):
+            if storage in self.exposed:
+                self.exposed[storage].result = None
+        self.exposed.clear()
+
+
+_watching: _Keep | None = None
+"""The unit at work. Looked up at each call, as compiled code holds on to the ``apply`` that it found."""
+_plain_apply = vars(Function)["apply"].__func__
+
+
+def _apply_watched(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    if _watching is not None and _watching.exposed:
+        _watching.protect((args, kwargs))
+    return _plain_apply(cls, *args, **kwargs)
 
 
 class _Reuse(_Unit):  # type: ignore[no-untyped-call]
     """The recomputation: the same operators in the same order find their results made."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.results or not _is_costly(func, args):
+        if not _is_costly(func, args):
             return func(*args, **(kwargs or {}))
-        kept, result = self.results.popleft()
-        assert kept is func, f"{func} is recomputed where {kept} ran: the forward pass must do the same each time"
-        assert all(tensor._version == 0 for tensor in tree_leaves(result) if isinstance(tensor, Tensor)), (
-            f"a result of {func} was written over, so it cannot be used again"
-        )
-        return result
+        assert self.results, f"{func} is recomputed, but the forward pass ended before: it must do the same each time"
+        kept = self.results.popleft()
+        assert kept.op is func, f"{func} is recomputed where {kept.op} ran: the forward pass must do the same each time"
+        if kept.result is None:
+            return func(*args, **(kwargs or {}))
+        if kept.versions != [tensor._version for tensor in _tensors(kept.result)]:
+            raise ModelError(
+                f"a result of {func} was written to after its block had ended, so it cannot be used again. Set "
+                "model.enable_gradient_checkpointing=full or none."
+            )
+        return kept.result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storages(tree: Any) -> Iterable[int]:
+    return [tensor.untyped_storage()._cdata for tensor in _tensors(tree)]
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """Detached, or it would keep the graph alive that keeps it; below autograd, where this key is off by default.
+
+    With it, the version counter is the original's, so that a write to the original shows.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+@cache
+def _written(op: Any) -> tuple[int | str, ...] | None:
+    """Places and names of the arguments an operator writes to; None where its schema names none, or it has none."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return None
+    arguments = enumerate(op._schema.arguments)
+    written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tuple(key for pair in written for key in pair) or None
 
 
 def _is_costly(op: Any, args: tuple[Any, ...]) -> bool:
@@ -201,11 +311,7 @@ def _may_be_costly(op: Any) -> bool:
     return name in PRODUCTS or "attention" in name or "attn" in name
 
 
-def _forget_last(results: _Results, output: Any) -> None:
-    """Drop the last result where it is what the unit returns: the recomputation ends before it."""
-    made = {tensor.untyped_storage()._cdata for tensor in tree_leaves(output) if isinstance(tensor, Tensor)}
-    if results and {t.untyped_storage()._cdata for t in tree_leaves(results[-1][1]) if isinstance(t, Tensor)} & made:
-        results.pop()
+# --- Tiles and offload ----------------------------------------------------------------------------------------------
 
 
 def _plain_mlp(block: nn.Module, tiles: int) -> nn.Module:
@@ -221,26 +327,25 @@ def _plain_mlp(block: nn.Module, tiles: int) -> nn.Module:
     return children[name]
 
 
-def _tiled(forward: Forward, tiles: int) -> Forward:
+def _tiled(forward: Forward, how: Recomputation) -> Forward:
     """A function of [R, S, D] that treats each token alone, run tile by tile, each recomputed in the backward pass."""
-    tile_forward = _checkpointed(forward)
+    tile_forward = _checkpointed(forward, Recomputation("full", draws=how.draws))
 
     def run(hidden: Tensor) -> Tensor:
-        parts = hidden.chunk(tiles, dim=1)
-        return torch.cat([tile_forward(part) for part in parts], dim=1)
+        return torch.cat([tile_forward(part) for part in hidden.chunk(how.mlp_tiles, dim=1)], dim=1)
 
     return run
 
 
 @dataclass(eq=False)
-class _Resting:
-    """A tensor in host memory, on its way there or back.
+class _Offloaded:
+    """A tensor in host memory, or being copied there or back.
 
     Attributes:
         device: where it belongs.
         host: its copy.
         copied: on CUDA, the end of the last copy.
-        present: its storage on the device while there, else None.
+        present: the tensor on the device while it is there, else None.
     """
 
     device: torch.device
@@ -249,8 +354,8 @@ class _Resting:
     present: Tensor | None
 
 
-class HostRest:
-    """Rests the inputs of checkpointed units in page-locked host memory between forward and backward.
+class HostOffload:
+    """Offloads the inputs of checkpointed units to page-locked host memory between forward and backward.
 
     Copies run on a stream of their own. Going out, at most two inputs are on the device: before the third is sent,
     the compute stream waits for the first to have left. Coming back, the one needed next is fetched while the present
@@ -262,7 +367,7 @@ class HostRest:
     def __init__(self, units: int) -> None:
         """For a model of so many checkpointed units, of which the last keeps its input."""
         self.units = units
-        self.waiting: list[_Resting] = []
+        self.waiting: list[_Offloaded] = []
         self._stream: torch.cuda.Stream | None = None
 
     def of_unit(self, index: int) -> AbstractContextManager[None]:
@@ -274,18 +379,18 @@ class HostRest:
         hooks: AbstractContextManager[None] = saved_tensors_hooks(self._pack, self._unpack)  # type: ignore[assignment]
         return hooks
 
-    def _pack(self, tensor: Tensor) -> _Resting | Tensor:
+    def _pack(self, tensor: Tensor) -> _Offloaded | Tensor:
         # Some versions of torch's checkpoint save an empty tensor beside the inputs.
         if not tensor.is_floating_point() or not tensor.numel() or isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.is_cuda:
-            resting = self._send_out(tensor)
+            offloaded = self._send_out(tensor)
         else:
-            resting = _Resting(tensor.device, tensor.detach().to("cpu", copy=True), None, None)
-        self.waiting.append(resting)
-        return resting
+            offloaded = _Offloaded(tensor.device, tensor.detach().to("cpu", copy=True), None, None)
+        self.waiting.append(offloaded)
+        return offloaded
 
-    def _unpack(self, kept: _Resting | Tensor) -> Tensor:
+    def _unpack(self, kept: _Offloaded | Tensor) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         if kept in self.waiting:  # all that was saved after it has been used
@@ -305,7 +410,7 @@ class HostRest:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._stream
 
-    def _send_out(self, tensor: Tensor) -> _Resting:
+    def _send_out(self, tensor: Tensor) -> _Offloaded:
         compute, side = torch.cuda.current_stream(tensor.device), self._side_stream(tensor.device)
         if len(self.waiting) >= 2 and (earlier := self.waiting[-2]).copied is not None:
             compute.wait_event(earlier.copied)
@@ -315,17 +420,17 @@ class HostRest:
         with torch.cuda.stream(side):
             host.copy_(tensor.detach(), non_blocking=True)
             copied = side.record_event()
-        return _Resting(tensor.device, host, copied, tensor.detach())
+        return _Offloaded(tensor.device, host, copied, tensor.detach())
 
-    def _fetch(self, resting: _Resting) -> None:
-        """Begin to bring a tensor back, unless it is on the device still or on its way."""
-        if resting.present is not None:
+    def _fetch(self, offloaded: _Offloaded) -> None:
+        """Begin to copy a tensor back, unless it is still on the device or being copied."""
+        if offloaded.present is not None:
             return
-        compute, side = torch.cuda.current_stream(resting.device), self._side_stream(resting.device)
+        compute, side = torch.cuda.current_stream(offloaded.device), self._side_stream(offloaded.device)
         # Allocated on the compute stream, where it is freed; the side stream waits for what used the memory before.
-        present = torch.empty(resting.host.shape, dtype=resting.host.dtype, device=resting.device)
+        present = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=offloaded.device)
         side.wait_stream(compute)
         with torch.cuda.stream(side):
-            present.copy_(resting.host, non_blocking=True)
-            resting.copied = side.record_event()
-        resting.present = present
+            present.copy_(offloaded.host, non_blocking=True)
+            offloaded.copied = side.record_event()
+        offloaded.present = present

@@ -122,7 +122,6 @@ class MasterWeights:
                 if master not in self._copies:
                     self._copies[master] = self._copy_of(master)
                 self._slots.append((module, name, master))
-        self._stale = True
 
     def _copy_of(self, master: nn.Parameter) -> nn.Parameter:
         copy = nn.Parameter(torch.empty_like(master, dtype=self._compute_dtype), requires_grad=master.requires_grad)
@@ -143,17 +142,12 @@ class MasterWeights:
             copy.take_gradient = take  # type: ignore[attr-defined]
         return copy
 
-    def refresh(self) -> None:
-        """Say that the masters changed: the copies are made anew before they are used next."""
-        self._stale = True
-
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Let forward and backward run on the copies."""
-        if self._stale and self._copies:
+        """Let forward and backward run on the copies, made here each time: once a step, and never stale."""
+        if self._copies:
             with torch.no_grad():
                 torch._foreach_copy_(list(self._copies.values()), list(self._copies))
-            self._stale = False
         for module, name, master in self._slots:
             module._parameters[name] = self._copies[master]
         try:

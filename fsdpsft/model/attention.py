@@ -70,10 +70,6 @@ class AttentionContext:
         max_seqlen: the longest of them.
         attend: ``attend(q, k, v, spec, context)``: q [R, H, S, E] and k, v [R, K, S, E] to [R, H, S, E].
         derived: what a backend computes once from the bounds and keeps for the other layers (a block mask).
-        wanted: [m] flat positions of this process's slice whose final hidden states are used; a trimmed last block
-            (``last_block.py``) computes no others. None for all.
-        long: [R, S/P] bool, this process's tokens of documents beyond a length at which the model changes its rotary
-            frequencies (``rope.py``). None for models that do not.
     """
 
     cu_seqlens: Tensor
@@ -81,17 +77,14 @@ class AttentionContext:
     max_seqlen: int
     attend: Attend
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
-    wanted: Tensor | None = None
-    long: Tensor | None = None
 
     @classmethod
     def of(
-        cls, batch: PackedBatch, attend: Attend, device: torch.device | str | None = None,
-        wanted: Tensor | None = None, long: Tensor | None = None,
-    ) -> AttentionContext:  # fmt: skip
+        cls, batch: PackedBatch, attend: Attend, device: torch.device | str | None = None
+    ) -> AttentionContext:
         """The context of a whole batch, packed or padded; under Ulysses too, as bounds are never sharded."""
         bounds = batch.cu_seqlens if device is None else batch.cu_seqlens.to(device, non_blocking=True)
-        return cls(bounds, batch.seqlens, batch.max_seqlen, attend, wanted=wanted, long=long)
+        return cls(bounds, batch.seqlens, batch.max_seqlen, attend)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionContext], Tensor]

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fsdpsft.errors import ModelError
 from fsdpsft.loss import cross_entropy_sum
 from fsdpsft.model.head import head_of
-from fsdpsft.model.tied_weight import taker, tie_gradients
+from fsdpsft.model.tied_weight import taker, tied_gradient
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class SFTModel(nn.Module):
         self.causal_lm = causal_lm
         self.head = head_of(causal_lm)
         self.head_chunk_tokens = head_chunk_tokens
-        self.tied = tie_gradients(causal_lm)
+        self.tied = tied_gradient(causal_lm)
 
     def hidden_states(self, batch: ModelInput) -> Tensor:
-        """Final hidden states [R, S, D]; of the wanted positions alone, [1, m, D], where the last block is trimmed."""
+        """Final hidden states [R, S, D]."""
         output = self.causal_lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_context=batch.attention_context,
             use_cache=False,
@@ -68,9 +68,7 @@ class SFTModel(nn.Module):
 
     def forward(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """Weighted sum of the losses at trained positions (float32 scalar), and each one's loss [m'], detached."""
-        hidden = self.hidden_states(batch).flatten(0, 1)
-        if batch.attention_context.wanted is None:
-            hidden = hidden.index_select(0, batch.trained_index)
+        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.trained_index)
         if batch.exchange is not None:
             hidden = batch.exchange(hidden)
         return cross_entropy_sum(

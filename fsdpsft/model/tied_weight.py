@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from fsdpsft.errors import ModelError
+
 Take = Callable[[Tensor], None]
 
 
 def taker(weight: Tensor) -> Take | None:
-    """What takes a weight's gradient, in any precision and for good, in autograd's place; None where autograd does."""
+    """What takes a weight's gradient, in any precision, instead of autograd; None where autograd does."""
     take: Take | None = getattr(weight, "take_gradient", None)
     return take
 
@@ -67,24 +69,48 @@ class _Embed(torch.autograd.Function):
         return None, None, None, None
 
 
-def tie_gradients(causal_lm: PreTrainedModel) -> TiedGradient | None:
-    """Let the embedding's backward finish the gradient of a weight that it shares with the head.
-
-    Returns:
-        Where the loss leaves the head's gradient; None where the two share no weight, or where the embedding does more
-        than look rows up, so that autograd's own way is the right one.
-    """
+def can_tie_gradients(causal_lm: PreTrainedModel, *_: Any) -> bool:
+    """Whether embedding and head share a weight, and the embedding does no more than look rows up."""
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
-    if not plain or embedding.weight is not getattr(head, "weight", None) or _special(embedding):
-        return None
-    tied = TiedGradient()
+    if not plain or embedding.weight is not getattr(head, "weight", None):
+        return False
+    return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+
+
+def tie_gradients(causal_lm: PreTrainedModel) -> None:
+    """Let the embedding's backward finish the gradient of a weight that it shares with the head."""
+    embedding, tied = causal_lm.get_input_embeddings(), TiedGradient()
+    embedding.tied_gradient = tied
     embedding.forward = lambda ids: _Embed.apply(  # type: ignore[no-untyped-call]
         embedding.weight, ids, embedding.padding_idx, tied
     )
+
+
+def tied_gradient(causal_lm: PreTrainedModel) -> TiedGradient | None:
+    """Where the loss leaves the head's gradient; None where autograd adds the two up."""
+    tied: TiedGradient | None = getattr(causal_lm.get_input_embeddings(), "tied_gradient", None)
     return tied
 
 
-def _special(embedding: nn.Embedding) -> bool:
-    """Whether more happens at a look-up, or to its gradient, than rows and a padding id account for."""
-    return embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
+def prove_tied_gradients(causal_lm: PreTrainedModel, *_: Any) -> None:
+    """Compare the sum with autograd's, on the model's embedding around a weight of eight rows.
+
+    Raises:
+        ModelError: they differ.
+    """
+    embedding: Any = causal_lm.get_input_embeddings()
+    generator, ids, own = torch.Generator().manual_seed(0), torch.tensor([[3, 0, 5, 3]]), embedding.weight
+    small, head, weights = (torch.randn(shape, generator=generator) for shape in ((8, 4), (8, 4), (1, 4, 4)))
+    padding = embedding.padding_idx if (embedding.padding_idx or 0) < len(small) else None
+    small.requires_grad_()
+    looked_up = nn.functional.embedding(ids, small, padding)
+    expected = head + torch.autograd.grad((looked_up * weights).sum(), small)[0]
+    embedding._parameters["weight"] = small
+    try:
+        embedding.tied_gradient.put(head.clone())
+        found = torch.autograd.grad((embedding(ids) * weights).sum(), small)[0]
+    finally:
+        embedding._parameters["weight"] = own
+    if not torch.allclose(found, expected):
+        raise ModelError(f"{type(causal_lm).__name__}: the gradient of its tied weight is wrong. Please report its name.")
