@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from fsdpsft.model.kernels import apply_liger, fuse_norms
+from fsdpsft.model.last_block import trim_last_block
 from torch import Tensor, nn
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback
 from transformers.models.qwen2 import modeling_qwen2
@@ -50,8 +52,6 @@ from fsdpsft.metrics import peak_flops
 from fsdpsft.model import block_parts
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
-from fsdpsft.model.kernels import apply_liger, fuse_norms
-from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.lora import LoraSettings, apply_lora
 from fsdpsft.model.sft_model import SFTModel, decoder_blocks
 from fsdpsft.optim import build_optimizer

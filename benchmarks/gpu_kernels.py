@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fsdpsft.model.last_block import trim_last_block
 from torch import Tensor
 
 from benchmarks.gpu_work import CASES, MODELS, TINY_CASES, Check, StepCase, attempt, draw_work, packed, random_causal_lm
@@ -15,7 +16,6 @@ from fsdpsft.distributed.ulysses import shard
 from fsdpsft.loss import cross_entropy_sum
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, objections, requirements
-from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks
 
 CHUNKS = (1024, 2048, 4096, 8192)

@@ -1,10 +1,9 @@
-"""The one place that states the order in which a model is made parallel.
+"""The one place that states the order in which a model is made parallel; see ``build_model``.
 
-    LoRA -> kernels -> attention -> last block -> compile -> activation checkpointing -> FSDP2 -> weights
-
-LoRA first, as it changes which modules exist. Compile before checkpointing: attention is outside the compiler's graph,
-which it must not be in a checkpoint that the compiler sees; so each unit's compiled forward is what is recomputed, and
-FSDP's hooks stay out of it. FSDP last, around whole blocks; then each process reads only its rows of the weights.
+LoRA first, as it changes which modules exist. Patches before what wraps the blocks. Compile before checkpointing:
+attention is outside the compiler's graph, which it must not be in a checkpoint that the compiler sees; so each unit's
+compiled forward is what is recomputed, and FSDP's hooks stay out of it. FSDP last, around whole blocks; then each
+process reads only its rows of the weights. Each change to the blocks is proven to leave their gradients as they were.
 """
 
 from __future__ import annotations
@@ -17,22 +16,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fsdpsft.batch import PackedBatch
 from fsdpsft.config.schema import ModelConfig
 from fsdpsft.distributed import activation_checkpoint, ulysses
-from fsdpsft.distributed.fsdp import MasterWeights, prepare_micro_batch, shard_model
+from fsdpsft.distributed.activation_checkpoint import Recomputation
+from fsdpsft.distributed.fsdp import MasterWeights, Sharding, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import block_parts, dropout, experts, kernels, lora, rope
+from fsdpsft.model import dropout, experts, lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
+from fsdpsft.model.block_proof import BlockProof, Change
 from fsdpsft.model.head import prove_head
-from fsdpsft.model.last_block import trim_last_block
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
-from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_blocks, resolve_dtype
+from fsdpsft.model.memory import CHECKPOINTING, Work, available_memory, choose_checkpointing
+from fsdpsft.model.patches import apply_patches
+from fsdpsft.model.rope import check_rope
+from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +48,6 @@ class ParallelModel:
         module: the root module, sharded where there are several processes.
         attend: the attention backend, inside the Ulysses exchange where there is one.
         masters: stands between master weights and compute dtype for one process; None where FSDP does that.
-        trimmed: whether the last block computes trained positions only.
-        rope_limit: length beyond which a document has rotary frequencies of its own; None for most models.
         whole: FSDP units that stay whole between a step's micro-batches.
     """
 
@@ -55,8 +56,6 @@ class ParallelModel:
     attend: Attend
     masters: MasterWeights | None
     compute_dtype: torch.dtype
-    trimmed: bool = False
-    rope_limit: int | None = None
     whole: Sequence[FSDPModule] = ()
 
     def __call__(self, batch: PackedBatch, sources: int = 1) -> tuple[Tensor, Tensor]:
@@ -78,102 +77,115 @@ class ParallelModel:
 
     def inputs(self, batch: PackedBatch, local: ulysses.LocalBatch) -> ModelInput:
         """What this process feeds its model."""
-        mesh = self.mesh
-        wanted = local.trained_index if self.trimmed and len(local.trained_index) else None
+        group = self.mesh.sp_group
         return ModelInput(
-            local.input_ids, local.position_ids,
-            AttentionContext.of(batch, self.attend, mesh.device, wanted, self._long_tokens(batch)),
+            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, self.mesh.device),
             local.trained_index, local.targets, local.loss_weights,
-            exchange=partial(ulysses.spread, plan=local.plan, group=mesh.sp_group) if mesh.sp_group else None,
+            exchange=partial(ulysses.spread, plan=local.plan, group=group) if group else None,
         )  # fmt: skip
-
-    def _long_tokens(self, batch: PackedBatch) -> Tensor | None:
-        if self.rope_limit is None:
-            return None
-        long = rope.long_tokens(batch, self.rope_limit, self.mesh.sp_rank, self.mesh.sp_size)
-        return (long.pin_memory() if self.mesh.device.type == "cuda" else long).to(self.mesh.device, non_blocking=True)
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Forward and backward belong inside this."""
         return contextlib.nullcontext() if self.masters is None else self.masters.computing()
-
-    def weights_changed(self) -> None:
-        """Say so after an optimiser step or a load."""
-        if self.masters is not None:
-            self.masters.refresh()
 
     def prepare_micro_batch(self, *, last: bool, sync: bool) -> None:
         """Say whether the step's last micro-batch comes, and whether its backward sums gradients over processes."""
         prepare_micro_batch(self.module, self.whole, last=last, sync=sync)
 
 
-def build_model(
-    path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None,
-    max_length: int | None = None,
-) -> ParallelModel:  # fmt: skip
-    """Build, adapt, shard and fill the model of a Hugging Face folder.
+def build_model(path: Path, settings: ModelConfig, mesh: Mesh, work: Work, *, seed: int) -> ParallelModel:
+    """Build, adapt, prove, shard and fill the model of a Hugging Face folder.
 
     Args:
         path: the folder.
         settings: the run's ``model`` section.
         mesh: the processes.
-        packed: whether documents share a row, which some architectures cannot honour.
+        work: what the model will be fed.
         seed: of new adapters.
-        layers: cut the model to its first so many blocks (for a self-test); None: all.
-        max_length: longest document; None: not known.
 
     Raises:
-        ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it.
+        ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it; a kernel,
+            checkpointing, offload or compile that would change its gradients.
         ConfigError: a backend or kernel that cannot serve the model, by name.
     """
     dtype = resolve_dtype(settings.dtype, mesh.device)
-    causal_lm = adapted_model(path, settings, dtype, layers)
-    check_architecture(causal_lm, packed=packed)
-    rope_limit = rope.rope_by_document(causal_lm, max_length=max_length)
-    prove_head(causal_lm)
-    if not mesh.rank:
-        _tell(causal_lm)
-    if settings.use_liger:
-        kernels.apply_liger(causal_lm, mesh.device)
-    else:
-        kernels.fuse_norms(causal_lm, mesh.device)
-    backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
-    attend = backend.attend if mesh.sp_group is None else ulysses.sequence_parallel(backend.attend, mesh.sp_group)
+    causal_lm = adapted_model(path, settings, dtype)
+    check_model(causal_lm, work)
+    proof = BlockProof(causal_lm, mesh.device, packed=work.packed, place=(mesh.sp_rank, mesh.sp_size))
+    apply_patches(causal_lm, settings, mesh.device, proof)
+    attend = _attention(causal_lm, settings, mesh, dtype)
+    proof.compute_with(attend, dtype)
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
-    blocks = decoder_blocks(causal_lm)
-    trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
-    # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
-    plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
-    activation_checkpoint.apply(
-        blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload,
-        mlp_tiles=settings.mlp_tiles, split=block_parts.split,
-        prepare=lambda unit: compile_unit(unit) if settings.compile and id(unit) not in plain else None,
-    )  # fmt: skip
-    whole = _shard(module, blocks, settings, mesh, dtype)
-    _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
+    how = _recomputation(module, settings, mesh, work, draws=proof.draws)
+    _compile(causal_lm, settings, proof)
+    _checkpoint(causal_lm, how, proof)
+    proof.finish(mesh.sum)
+    whole = _shard(module, settings, mesh, dtype)
+    _fill(causal_lm, path, settings, mesh, seed)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
-    return ParallelModel(module.train(), mesh, attend, masters, dtype, trimmed, rope_limit, whole)
+    if not mesh.rank:
+        _tell(causal_lm, how)
+    return ParallelModel(module.train(), mesh, attend, masters, dtype, whole)
 
 
-def _tell(causal_lm: PreTrainedModel) -> None:
-    """Say what of the model's training is not, or not only, predicting tokens."""
+def check_model(causal_lm: PreTrainedModel, work: Work) -> None:
+    """Refuse a model that cannot be trained exactly.
+
+    Raises:
+        ModelError: by name, with what to set where something can be set.
+    """
+    check_architecture(causal_lm, packed=work.packed)
+    check_rope(causal_lm, work.max_length)
+    prove_head(causal_lm)
+
+
+def _tell(causal_lm: PreTrainedModel, how: Recomputation) -> None:
+    """Say how activations are kept, and what of the model's training is not, or not only, predicting tokens."""
+    log.info("activation checkpointing: %s", how.mode)
     for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
-def compile_unit(unit: nn.Module) -> None:
-    """Compile a module's forward; attention inside it breaks the graph and runs as it is."""
-    unit.forward = torch.compile(unit.forward)
+def _attention(causal_lm: PreTrainedModel, settings: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Attend:
+    """The attention backend, inside the Ulysses exchange where there is one."""
+    backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
+    return backend.attend if mesh.sp_group is None else ulysses.sequence_parallel(backend.attend, mesh.sp_group)
 
 
-def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
-    """The model of a folder on meta, with adapters where they are asked for.
+def _recomputation(module: SFTModel, settings: ModelConfig, mesh: Mesh, work: Work, *, draws: bool) -> Recomputation:
+    """What is recomputed; all processes choose alike, as full checkpointing repeats exchanges between them."""
+    mode = settings.enable_gradient_checkpointing
+    if mode == "auto":
+        shards = mesh.world_size // settings.fsdp_config.replicate_size
+        size = resolve_dtype(settings.dtype, mesh.device).itemsize
+        chosen = choose_checkpointing(module, settings, work, shards, size, available_memory(mesh.device))
+        votes = torch.tensor([float(chosen == mode) for mode in CHECKPOINTING], device=mesh.device)
+        mode = CHECKPOINTING[int(mesh.sum(votes).nonzero().max())]
+    draws = draws or bool(dropout.active_dropout(module))
+    return Recomputation(mode, settings.activation_offload, settings.mlp_tiles, draws)
 
-    A frozen base needs no more than the compute dtype. ``layers`` cuts the model to its first so many blocks.
-    """
+
+def _compile(causal_lm: PreTrainedModel, settings: ModelConfig, proof: BlockProof) -> None:
+    """Compile each unit's forward, which the compiler must see without what wraps it; attention runs outside."""
+    if not settings.compile:
+        return
+    with proof.unchanged(Change("model.compile=true", "Set model.compile=false."), same_kernels=False):
+        for unit in activation_checkpoint.units(decoder_blocks(causal_lm), settings.mlp_tiles):
+            unit.forward = torch.compile(unit.forward)
+
+
+def _checkpoint(causal_lm: PreTrainedModel, how: Recomputation, proof: BlockProof) -> None:
+    """Wrap the blocks' forward, inside FSDP's hooks, which must not run again when a block is recomputed."""
+    keys = f"model.enable_gradient_checkpointing={how.mode}"
+    keys += ", model.activation_offload=true" * how.offload + f", model.mlp_tiles={how.mlp_tiles}" * (how.mlp_tiles > 1)
+    instead = "Set model.enable_gradient_checkpointing=none, model.activation_offload=false and model.mlp_tiles=1."
+    with proof.unchanged(Change(keys, instead), same_kernels=True):
+        activation_checkpoint.apply(decoder_blocks(causal_lm), how)
+
+
+def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder on meta, with adapters if asked for; their frozen base has the compute dtype."""
     config = load_model_config(path, trust_remote_code=settings.trust_remote_code)
-    if layers is not None:
-        cut_layers(config, layers)
     stored = (
         compute_dtype if settings.uses_lora else resolve_dtype(settings.fsdp_config.model_dtype, torch.device("cpu"))
     )
@@ -196,23 +208,16 @@ def _adapter_path(settings: ModelConfig) -> Path | None:
     return Path(settings.lora_adapter_path) if settings.lora_adapter_path else None
 
 
-def _shard(
-    module: SFTModel, blocks: list[nn.Module], settings: ModelConfig, mesh: Mesh, dtype: torch.dtype
-) -> list[FSDPModule]:
+def _shard(module: SFTModel, settings: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> list[FSDPModule]:
     if mesh.fsdp is None:
         return []
-    fsdp = settings.fsdp_config
-    return shard_model(
-        module, blocks, mesh.fsdp, compute_dtype=dtype, reduce_dtype=resolve_dtype(fsdp.reduce_dtype, mesh.device),
-        reshard_after_forward=fsdp.reshard_after_forward, offload=fsdp.offload_params,
-        min_num_params=fsdp.wrap_policy.min_num_params,
-    )  # fmt: skip
+    fsdp, reduce = settings.fsdp_config, resolve_dtype(settings.fsdp_config.reduce_dtype, mesh.device)
+    how = Sharding(dtype, reduce, fsdp.reshard_after_forward, fsdp.offload_params, fsdp.wrap_policy.min_num_params)
+    return shard_model(module, decoder_blocks(module.causal_lm), mesh.fsdp, how)
 
 
-def _fill(
-    causal_lm: PreTrainedModel, path: Path, settings: ModelConfig, mesh: Mesh, seed: int, *, strict: bool
-) -> None:
+def _fill(causal_lm: PreTrainedModel, path: Path, settings: ModelConfig, mesh: Mesh, seed: int) -> None:
     where = torch.device("cpu") if settings.fsdp_config.offload_params else mesh.device
-    load_weights(causal_lm, path, device=where, buffer_device=mesh.device, strict=strict)
+    load_weights(causal_lm, path, device=where, buffer_device=mesh.device)
     if settings.uses_lora:
         lora.fill_adapters(causal_lm, seed=seed, adapter_path=_adapter_path(settings))

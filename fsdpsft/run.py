@@ -41,6 +41,7 @@ from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
 from fsdpsft.model.flops import flop_count
+from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel, build_model
@@ -193,13 +194,12 @@ def _leave(run: Run | None, joined_before: bool) -> None:
 def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal) -> Run:
     o, t = config.optim, config.trainer
     loader = make_loader(config, data.train, data, mesh)
-    model = build_model(
-        data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed,
-        max_length=config.data.max_length,
-    )  # fmt: skip
+    moments = resolve_dtype(o.state_dtype, mesh.device)
+    work = Work(config.use_remove_padding, config.data.max_length, config.data.token_budget, moments)
+    model = build_model(data.model_path, config.model, mesh, work, seed=t.seed)
     optimizer = build_optimizer(
         model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
-        state_dtype=resolve_dtype(o.state_dtype, mesh.device),
+        state_dtype=moments,
     )  # fmt: skip
     checkpoints = CheckpointManager(
         Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
@@ -276,8 +276,7 @@ def _resume(
     # The same file names may hold other rows now, and the same tokenizer folder another template.
     was, now = ({_CONTENT: fingerprint} for fingerprint in (saved.data_fingerprint, data.train.fingerprint))
     check_config(was | saved.config, now | config.as_dict(), allow=t.allow_config_change)
-    state = checkpoints.load(path, model.module.causal_lm, optimizer, verified=t.resume_from_path is None)
-    return state
+    return checkpoints.load(path, model.module.causal_lm, optimizer, verified=t.resume_from_path is None)
 
 
 def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Trackers:

@@ -14,6 +14,7 @@ from fsdpsft.data.batches.loader import Loader
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.evaluate import evaluate
+from fsdpsft.model.memory import Work
 from fsdpsft.parallelize import build_model
 from fsdpsft.testing import run_distributed, save_tiny_model
 from tests.parity.reference import sample_loss
@@ -35,7 +36,7 @@ def store() -> TokenStore:
 def run_evaluation(path: Path, batch_size: int, budget: int, sp_size: int = 1) -> dict[str, float]:
     config = load_config(["data.train_files=x", f"model.partial_pretrain={path}"])
     mesh = init_mesh(torch.device("cpu"), sp_size=sp_size)
-    model = build_model(path, config.model, mesh, packed=True, seed=0)
+    model = build_model(path, config.model, mesh, Work(max_length=64, token_budget=256), seed=0)
     loader = Loader(
         store(), train_batch_size=batch_size, token_budget=budget, pad_token_id=0, dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size, sp_size=sp_size, evaluation=True,

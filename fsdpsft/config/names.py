@@ -24,6 +24,7 @@ RETIRED = {
     "data.use_shm": "tokenised data is memory-mapped and shared already; leave the key out",
     "model.use_shm": "weights are read straight into their shards; leave the key out",
     "model.external_lib": "import your library before calling fsdpsft.train(), or use data.custom_cls",
+    "model.trim_last_block": "the last block computes all tokens now, which took no longer; leave the key out",
     "trainer.checkpoint.load_contents": "resuming loads the whole trainer_state/; leave the key out",
 }
 _SAME_WORD = 0.75  # how alike two names must be for one to be a typing error of the other

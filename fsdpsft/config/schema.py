@@ -221,9 +221,9 @@ class ModelConfig:
     strategy: str = key("fsdp2", "{choices}", choices=("fsdp2",), on_resume="free")
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
     enable_gradient_checkpointing: str = key(
-        "selective",
-        "none | selective: products and attention kept | full (or true, false)",
-        choices=("none", "selective", "full"),
+        "auto",
+        "none | selective: products and attention kept | full (or true, false) | auto: the least that fits",
+        choices=("auto", "none", "selective", "full"),
         on_resume="free",
     )
     activation_offload: bool = key(
@@ -247,9 +247,6 @@ class ModelConfig:
     )
     head_chunk_tokens: int | None = key(
         None, "trained tokens whose logits exist at one time; null: 4096, on CPU 128 to 512", low=1, on_resume="free"
-    )
-    trim_last_block: bool = key(
-        True, "the last block computes trained tokens only; exact, off by itself where it cannot", on_resume="free"
     )
     lora_rank: int = key(0, "above 0: train LoRA adapters of this rank", low=0)
     lora_alpha: int = key(16, "adapters are scaled by lora_alpha / lora_rank", needs=LORA)

@@ -195,8 +195,9 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
         """Watch operators and autograd functions."""
         global _watching
         self._outer = _watching, vars(Function)["apply"]
-        _watching, Function.apply = self, classmethod(_apply_watched)  # type: ignore[method-assign]
-        super().__enter__()
+        _watching = self
+        setattr(Function, "apply", classmethod(_apply_watched))  # noqa: B010
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -204,7 +205,8 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
         global _watching
         assert self._outer is not None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _watching, Function.apply = self._outer
+        _watching, apply = self._outer
+        setattr(Function, "apply", apply)  # noqa: B010
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

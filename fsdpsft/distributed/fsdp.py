@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How weights are sharded.
+
+    Attributes:
+        compute_dtype: of gathered weights and activations; the stored shards keep their own.
+        reduce_dtype: of the gradient reduction.
+        reshard_after_forward: free a block after its forward and gather it again for the backward (ZeRO-3).
+        offload: shards, gradients and optimiser states rest in host memory.
+        min_num_params: smaller blocks are left to the root.
+    """
+
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    reshard_after_forward: bool
+    offload: bool
+    min_num_params: int = 0
+
+
 def shard_model(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     mesh: DeviceMesh,
-    *,
-    compute_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    reshard_after_forward: bool,
-    offload: bool,
-    min_num_params: int = 0,
+    how: Sharding,
 ) -> list[FSDPModule]:
     """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
 
@@ -44,22 +59,20 @@ def shard_model(
         model: the root module, whose forward ends in the loss, so that the head is gathered inside it.
         blocks: decoder blocks in forward order.
         mesh: ``(shard,)`` for plain sharding, ``(replicate, shard)`` for hybrid sharding.
-        compute_dtype: of gathered weights and activations; the stored shards keep their own.
-        reduce_dtype: of the gradient reduction.
-        reshard_after_forward: True frees a block after its forward and gathers it again for the backward (ZeRO-3).
-        offload: shards, gradients and optimiser states rest in host memory.
-        min_num_params: smaller blocks are left to the root.
+        how: precision, when weights are freed, what is offloaded.
 
     Returns:
         The units to keep whole between a step's micro-batches (see ``prepare_micro_batch``): the root and the first
         block, and all blocks without ``reshard_after_forward``.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(
+        param_dtype=how.compute_dtype, reduce_dtype=how.reduce_dtype, cast_forward_inputs=False
+    )
+    offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if how.offload else OffloadPolicy()
     for block in blocks:
-        if sum(p.numel() for p in block.parameters()) >= min_num_params:
+        if sum(p.numel() for p in block.parameters()) >= how.min_num_params:
             # The last block's weights are wanted again at once, by its own backward: never free them in between.
-            reshard = reshard_after_forward and block is not blocks[-1]
+            reshard = how.reshard_after_forward and block is not blocks[-1]
             fully_shard(
                 block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload_policy
             )  # fmt: skip
@@ -73,12 +86,12 @@ def shard_model(
     frozen = {unit for unit in units if not any(p.requires_grad for p in _own_parameters(unit))}
     for unit in frozen:
         # What stays whole up to the backward pass anyway may stay so for good if no step changes it.
-        unit.set_reshard_after_backward(reshard_after_forward and unit is not model, recurse=False)
+        unit.set_reshard_after_backward(how.reshard_after_forward and unit is not model, recurse=False)
     for block in itertools.takewhile(lambda block: {block, model} <= frozen, blocks):
         assert isinstance(block, FSDPModule)
         block.set_unshard_in_backward(False)  # no gradient comes down to it, but it would be gathered ahead
     first = blocks[0] if blocks[0] in units else model
-    return [u for u in units if u not in frozen and (u in (model, first) or not reshard_after_forward)]
+    return [u for u in units if u not in frozen and (u in (model, first) or not how.reshard_after_forward)]
 
 
 def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:

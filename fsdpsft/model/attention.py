@@ -79,9 +79,7 @@ class AttentionContext:
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(
-        cls, batch: PackedBatch, attend: Attend, device: torch.device | str | None = None
-    ) -> AttentionContext:
+    def of(cls, batch: PackedBatch, attend: Attend, device: torch.device | str | None = None) -> AttentionContext:
         """The context of a whole batch, packed or padded; under Ulysses too, as bounds are never sharded."""
         bounds = batch.cu_seqlens if device is None else batch.cu_seqlens.to(device, non_blocking=True)
         return cls(bounds, batch.seqlens, batch.max_seqlen, attend)

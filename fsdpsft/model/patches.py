@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from fsdpsft.config.load import ModelConfig
+from fsdpsft.config.schema import ModelConfig
 from fsdpsft.errors import ConfigError
 from fsdpsft.model.block_proof import BlockProof, Change
 from fsdpsft.model.tied_weight import can_tie_gradients, prove_tied_gradients, tie_gradients
@@ -44,13 +45,14 @@ class Patch:
         applies: to this model, with these settings, on this device? Raises ``ConfigError`` where it was asked for and
             cannot be had.
         apply: changes the model, which is on meta.
-        prove: notes in the proof, or raises ``ModelError``, where it computes anything else than the plain model.
+        prove: a context, around ``apply``, that notes in the proof, or raises ``ModelError``, where the changed model
+            computes something else than it did.
     """
 
     name: str
     applies: Callable[[PreTrainedModel, ModelConfig, torch.device], bool]
     apply: Callable[[PreTrainedModel], None]
-    prove: Callable[[PreTrainedModel, BlockProof], None]
+    prove: Callable[[PreTrainedModel, BlockProof], AbstractContextManager[None]]
 
 
 def apply_patches(model: PreTrainedModel, settings: ModelConfig, device: torch.device, proof: BlockProof) -> None:
@@ -62,8 +64,8 @@ def apply_patches(model: PreTrainedModel, settings: ModelConfig, device: torch.d
     """
     for patch in PATCHES:
         if patch.applies(model, settings, device):
-            patch.apply(model)
-            patch.prove(model, proof)
+            with patch.prove(model, proof):
+                patch.apply(model)
             logger.info("%s in place for %s", patch.name, type(model).__name__)
 
 
@@ -113,7 +115,9 @@ def _is_rms_norm(module: nn.Module, eps: float) -> bool:
         return False
     finally:
         module._parameters["weight"] = own
-    return isinstance(found, Tensor) and found.shape == fused.shape and torch.allclose(found, fused, rtol=1e-5, atol=1e-6)
+    return (
+        isinstance(found, Tensor) and found.shape == fused.shape and torch.allclose(found, fused, rtol=1e-5, atol=1e-6)
+    )
 
 
 def _fused(module: Any, eps: float) -> Callable[[Tensor], Tensor]:
@@ -122,10 +126,6 @@ def _fused(module: Any, eps: float) -> Callable[[Tensor], Tensor]:
         return rms_norm(hidden_states, weight.shape, weight, eps)
 
     return forward
-
-
-def _prove_norms(model: PreTrainedModel, proof: BlockProof) -> None:
-    proof.kernels(Change("torch's fused RMSNorm", "Please report the model's name."))
 
 
 # --- Liger ----------------------------------------------------------------------------------------------------------
@@ -166,14 +166,17 @@ def _refusal(reason: str) -> ConfigError:
     return ConfigError(f"model.use_liger=true cannot be used: {reason}. Set model.use_liger=false.")
 
 
-def _prove_liger(model: PreTrainedModel, proof: BlockProof) -> None:
-    proof.kernels(Change("model.use_liger=true", "Set model.use_liger=false."))
-
-
 # --- The list -------------------------------------------------------------------------------------------------------
 
+
+def _in_blocks(what: str, instead: str) -> Callable[[PreTrainedModel, BlockProof], AbstractContextManager[None]]:
+    return lambda model, proof: proof.unchanged(Change(what, instead), same_kernels=False)
+
+
+_PROVE_NORMS = _in_blocks("torch's fused RMSNorm", "Please report the model's name.")
+_PROVE_LIGER = _in_blocks("model.use_liger=true", "Set model.use_liger=false.")
 PATCHES = (
-    Patch("torch's fused RMSNorm", fused_norms_apply, fuse_norms, _prove_norms),
-    Patch("Liger's kernels", liger_applies, apply_liger, _prove_liger),
+    Patch("torch's fused RMSNorm", fused_norms_apply, fuse_norms, _PROVE_NORMS),
+    Patch("Liger's kernels", liger_applies, apply_liger, _PROVE_LIGER),
     Patch("one gradient for a tied head", can_tie_gradients, tie_gradients, prove_tied_gradients),
 )

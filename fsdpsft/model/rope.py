@@ -40,4 +40,5 @@ def _switch(causal_lm: PreTrainedModel) -> int:
     config = causal_lm.config.get_text_config()
     groups = [config.rope_parameters, *config.rope_parameters.values()]  # of all layers, or by type of layer
     originals = [g.get("original_max_position_embeddings") for g in groups if isinstance(g, dict)]
-    return min([config.max_position_embeddings, *filter(None, originals)])
+    bound: int = min([config.max_position_embeddings, *filter(None, originals)])
+    return bound

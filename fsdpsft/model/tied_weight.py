@@ -8,7 +8,8 @@ all where the weight stands for a master in that precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,12 +94,14 @@ def tied_gradient(causal_lm: PreTrainedModel) -> TiedGradient | None:
     return tied
 
 
-def prove_tied_gradients(causal_lm: PreTrainedModel, *_: Any) -> None:
-    """Compare the sum with autograd's, on the model's embedding around a weight of eight rows.
+@contextmanager
+def prove_tied_gradients(causal_lm: PreTrainedModel, *_: Any) -> Iterator[None]:
+    """Around ``tie_gradients``: compare its sum with autograd's, on the model's embedding with a weight of eight rows.
 
     Raises:
         ModelError: they differ.
     """
+    yield
     embedding: Any = causal_lm.get_input_embeddings()
     generator, ids, own = torch.Generator().manual_seed(0), torch.tensor([[3, 0, 5, 3]]), embedding.weight
     small, head, weights = (torch.randn(shape, generator=generator) for shape in ((8, 4), (8, 4), (1, 4, 4)))
@@ -113,4 +116,4 @@ def prove_tied_gradients(causal_lm: PreTrainedModel, *_: Any) -> None:
     finally:
         embedding._parameters["weight"] = own
     if not torch.allclose(found, expected):
-        raise ModelError(f"{type(causal_lm).__name__}: the gradient of its tied weight is wrong. Please report its name.")
+        raise ModelError(f"the gradient of {type(causal_lm).__name__}'s tied weight is wrong. Please report its name.")

@@ -1,9 +1,4 @@
-"""Memory and FLOPs of a run, estimated from ``config.json`` alone: no weights are read, no device is asked.
-
-Memory is what PyTorch's allocator must hold at the worst moment, the backward pass of the last micro-batch, for a
-decoder of standard blocks. Activations are counted product by product; fragmentation, NCCL's buffers and the CUDA
-context (1 to 2 GiB) come on top.
-"""
+"""Memory and FLOPs of a run, estimated from ``config.json`` alone: no weights are read, no device is asked."""
 
 from __future__ import annotations
 
@@ -13,15 +8,20 @@ import torch
 
 from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError
-from fsdpsft.loss import default_chunk
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.model.flops import flop_count
-from fsdpsft.model.sft_model import SFTModel, decoder_blocks, resolve_dtype
+from fsdpsft.model.memory import USABLE, Work, activations, choose_checkpointing, states
+from fsdpsft.model.sft_model import SFTModel, resolve_dtype
 from fsdpsft.parallelize import adapted_model
 from fsdpsft.prepare import TrainingData
 from fsdpsft.tools.run_plan import RunPlan
 
 GIB = 2**30
+MEMORY_GIB = {
+    "B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "H20": 96, "A100": 80, "A800": 80, "L40S": 48,
+    "L4": 24, "A10": 24, "4090": 24, "MI300X": 192,
+}  # fmt: skip
+"""Of the devices in ``metrics.PEAK_FLOPS``, the larger variant where there are several."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Footprint:
 
     Attributes:
         parameters, trained_parameters: of the model, tied weights once.
+        checkpointing: of activations; what ``auto`` stands for on such a GPU.
         memory: what takes how many bytes on a GPU.
         host_bytes: bytes in host memory for each GPU, with ``offload_params``.
         flops: of the whole run, forward and backward; recomputation is not counted.
@@ -40,6 +41,7 @@ class Footprint:
     gpus: int
     parameters: int
     trained_parameters: int
+    checkpointing: str
     memory: dict[str, float]
     host_bytes: float
     flops: float
@@ -64,76 +66,17 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
         raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
     m = config.model
     compute = torch.bfloat16 if m.dtype == "auto" else resolve_dtype(m.dtype, torch.device("cpu"))
-    module = SFTModel(adapted_model(data.model_path, m, compute, None), m.head_chunk_tokens)
-    memory, host = _states(module, config, gpus, compute.itemsize)
-    memory |= _activations(module, config, compute.itemsize)
+    module = SFTModel(adapted_model(data.model_path, m, compute), m.head_chunk_tokens)
+    moments, shards = resolve_dtype(config.optim.state_dtype, torch.device("cpu")), gpus // m.fsdp_config.replicate_size
+    memory, host = states(module, m, shards, compute.itemsize, moments)
+    mode = m.enable_gradient_checkpointing
+    if mode == "auto":
+        work = Work(token_budget=config.data.token_budget, moments=moments)
+        mode = choose_checkpointing(module, m, work, shards, compute.itemsize, USABLE["cuda"] * MEMORY_GIB[gpu] * GIB)
+    memory |= activations(module, m, mode, config.data.token_budget, compute.itemsize)
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     flops = flop_count(module)(plan.tokens, plan.trained_tokens, plan.squared_lengths)
     return Footprint(
-        gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), memory, host, flops, gpu, mfu,
+        gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), mode, memory, host, flops, gpu, mfu,
         flops / (gpus * PEAK_FLOPS[gpu] * mfu),
     )  # fmt: skip
-
-
-def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[dict[str, float], float]:
-    """Bytes of weights, gradients and optimiser on a GPU, and of those in host memory instead."""
-    fsdp = config.model.fsdp_config
-    shards = gpus // fsdp.replicate_size
-    state = torch.bfloat16.itemsize if config.optim.state_dtype == "bfloat16" else torch.float32.itemsize
-    reduce = resolve_dtype(fsdp.reduce_dtype, torch.device("cpu")).itemsize
-    parameters = list(module.parameters())
-    stored = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    trained_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    everything = sum(p.numel() for p in parameters)
-    block = max(sum(p.numel() for p in block.parameters()) for block in decoder_blocks(module.causal_lm))
-    inside = sum(p.numel() for block in decoder_blocks(module.causal_lm) for p in block.parameters())
-    memory = {
-        "weights": stored / shards,
-        "gradients": trained_bytes / shards,
-        "AdamW's moments": 2 * state * trained / shards,
-    }
-    host = 0.0
-    if fsdp.offload_params and shards > 1:
-        host, memory = sum(memory.values()), {}
-    if shards == 1:
-        memory["copy in the compute dtype"] = float(compute * everything if stored > compute * everything else 0)
-    else:
-        gathered = everything if not fsdp.reshard_after_forward else 2 * block + (everything - inside)
-        memory["gathered weights"] = float(compute * gathered)
-        trained_block = block * trained / everything
-        memory["gradients on their way"] = (compute + reduce) * trained_block
-        if fsdp.gradient_sync == "last":
-            memory["gradients on their way"] = float(reduce * trained)
-    return memory, host
-
-
-def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, float]:
-    """Bytes of one micro-batch's activations on a GPU, of the logits that exist at one time, and of what they leave."""
-    m, text = config.model, module.causal_lm.config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_size, (getattr(text, "num_key_value_heads", None) or heads) * head_size
-    width = getattr(text, "intermediate_size", None) or 4 * hidden
-    tokens = config.data.token_budget
-    # Of a token in one block: inputs of norms (float32 within), products, attention and the MLP's gate.
-    attention = compute * (2 * hidden + 2 * queries + 2 * keys) + 4 * hidden
-    mlp = (compute * (2 * hidden + 4 * width) + 4 * hidden) / m.mlp_tiles
-    mode, tiled = m.enable_gradient_checkpointing, m.mlp_tiles > 1
-    apart = mode == "selective" or m.activation_offload or tiled
-    inputs = 0 if m.activation_offload else compute * hidden * (2 if apart else 1)
-    results = compute * (2 * queries + 2 * keys + (0 if tiled else 2 * width))
-    kept, recomputed = {
-        "none": (attention + compute * hidden, mlp) if tiled else (attention + mlp, 0),
-        "selective": (inputs + results, max(attention, mlp)),
-        "full": (inputs, max(attention, mlp) if apart else attention + mlp),
-    }[mode]
-    head = module.head.weight
-    vocabulary = head.shape[0]
-    chunk = min(m.head_chunk_tokens or default_chunk("cuda", vocabulary), tokens)
-    return {
-        "activations": float(tokens * (layers * kept + recomputed + 2 * compute * hidden)),
-        "logits of one chunk": float(chunk * vocabulary * compute),
-        "the head's gradient, whole": float(torch.float32.itemsize * head.numel() if head.requires_grad else 0),
-    }

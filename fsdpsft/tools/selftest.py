@@ -123,11 +123,6 @@ def check_head(subject: Subject, reference: Outcome) -> float:
     return outcome(subject, replace(subject.plain, head_chunk_tokens=7), subject.device).difference(reference)
 
 
-def check_trimming(subject: Subject, reference: Outcome) -> float:
-    """The last block on trained tokens alone."""
-    return outcome(subject, replace(subject.plain, trim_last_block=True), subject.device).difference(reference)
-
-
 def check_accumulation(subject: Subject, reference: Outcome) -> float:
     """The smallest token budget that holds the longest document."""
     budget = int(subject.documents.lengths.max())
@@ -256,7 +251,6 @@ CHECKS = (
     Check("packed = one at a time", check_packed),
     Check("padded = one at a time", check_padded),
     Check("head in chunks = full logits", check_head),
-    Check("last block on trained tokens only", check_trimming),
     Check("many micro-batches = one", check_accumulation),
     Check("checkpointing, selective", partial(check_checkpointing, "selective", False)),
     Check("checkpointing, full", partial(check_checkpointing, "full", False)),

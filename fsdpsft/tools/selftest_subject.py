@@ -24,6 +24,7 @@ from fsdpsft.data.batches.loader import Loader
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights, resolve_model_path
+from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import cut_layers
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import prepare_data
@@ -204,7 +205,7 @@ def _plainest(settings: ModelConfig) -> ModelConfig:
     fsdp = replace(settings.fsdp_config, model_dtype="float32", reduce_dtype="float32", offload_params=False)
     return replace(
         settings, fsdp_config=fsdp, dtype="float32", attn_implementation="sdpa", enable_gradient_checkpointing="none",
-        activation_offload=False, mlp_tiles=1, trim_last_block=False, use_liger=False, compile=False, lora_rank=0,
+        activation_offload=False, mlp_tiles=1, use_liger=False, compile=False, lora_rank=0,
         lora_adapter_path=None,
     )  # fmt: skip
 
@@ -269,7 +270,8 @@ def reference_outcome(subject: Subject) -> Outcome:
 def build(subject: Subject, settings: ModelConfig, mesh: Mesh, *, packed: bool) -> ParallelModel:
     """The trainer's model, for documents as long as the subject's."""
     longest = int(subject.documents.lengths.max())
-    return build_model(subject.folder, settings, mesh, packed=packed, seed=0, max_length=longest)
+    work = Work(packed, longest, subject.tokens)
+    return build_model(subject.folder, settings, mesh, work, seed=0)
 
 
 def outcome(

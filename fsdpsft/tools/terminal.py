@@ -185,7 +185,7 @@ def footprint_text(footprint: Footprint, style: Style) -> str:
     f = footprint
     rows = [["memory of a GPU, estimated", ""]]
     rows += [[name, pretty_bytes(size)] for name, size in f.memory.items()]
-    rows += [["together", pretty_bytes(f.total_bytes)]]
+    rows += [["together", pretty_bytes(f.total_bytes)], ["activation checkpointing", f.checkpointing]]
     rows += [["in host memory for each GPU", pretty_bytes(f.host_bytes)]] if f.host_bytes else []
     head = f"  {number(f.parameters)} parameters, {number(f.trained_parameters)} of them trained\n"
     tail = (

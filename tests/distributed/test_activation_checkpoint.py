@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from fsdpsft.model.block_parts import split
 from torch import nn
 
 from fsdpsft.distributed import activation_checkpoint
@@ -15,7 +16,6 @@ from fsdpsft.distributed.ulysses import sequence_parallel
 from fsdpsft.errors import ConfigError, ModelError
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
-from fsdpsft.model.block_parts import split
 from fsdpsft.model.lora import LoraSettings, apply_lora, fill_adapters
 from fsdpsft.testing import PeakMemory, run_distributed, tiny_model
 

@@ -13,6 +13,7 @@ from fsdpsft import load_config
 from fsdpsft.batch import Sample, pack
 from fsdpsft.data.batches.loader import Step
 from fsdpsft.distributed.mesh import init_mesh
+from fsdpsft.model.memory import Work
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import build_model
 from fsdpsft.testing import run_distributed, save_tiny_model
@@ -47,7 +48,7 @@ def counts_of(folder: Path, overrides: list[str]) -> tuple[list[int], list[int],
     """All-gathers and reduced bytes of each of two steps; trained numbers of the root and of all blocks."""
     config = load_config([f"model.partial_pretrain={folder}", "data.train_files=null", *overrides])
     mesh = init_mesh(torch.device("cpu"))
-    model = build_model(folder, config.model, mesh, packed=True, seed=0)
+    model = build_model(folder, config.model, mesh, Work(max_length=64, token_budget=256), seed=0)
     optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     trained = {name: p.numel() for name, p in model.module.named_parameters() if p.requires_grad}
     inside = sum(count for name, count in trained.items() if ".layers." in name)

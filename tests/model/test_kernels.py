@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fsdpsft.model.kernels import apply_liger, fuse_norms
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,6 @@ from transformers import (
 
 from fsdpsft.errors import ConfigError
 from fsdpsft.model import kernels
-from fsdpsft.model.kernels import apply_liger, fuse_norms
 
 CUDA = torch.device("cuda")
 MODEL = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
