@@ -326,7 +326,7 @@ def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context
 
 # Looked up here and not at each call, which would cut a compiled block's graph. torch 2.11 has no such flag, though
 # its kernel takes grouped heads.
-_VARLEN_OPTIONS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
@@ -338,8 +338,10 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context:
     window = (-1, 0) if spec.sliding_window is None else _flash_window(spec.sliding_window)
     bounds, longest = context.cu_seqlens, context.max_seqlen
     flat = [_lay_end_to_end(x) for x in (q, k, v)]
-    options = {"scale": spec.scaling, "window_size": window, **_VARLEN_OPTIONS}
-    return _back_to_rows(varlen_attn(*flat, bounds, bounds, longest, longest, **options), q.shape[0])
+    output: Any = varlen_attn(
+        *flat, bounds, bounds, longest, longest, scale=spec.scaling, window_size=window, **_VARLEN_OPTIONS
+    )
+    return _back_to_rows(output, q.shape[0])
 
 
 def attend_varlen_repeated(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
