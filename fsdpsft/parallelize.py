@@ -36,6 +36,9 @@ from fsdpsft.model.sft_model import ModelInput, SFTModel, cut_layers, decoder_bl
 
 log = logging.getLogger(__name__)
 
+COMPILE_PAYS_FROM = 1000
+"""Steps: compiling takes about a minute, and is taken to save a tenth of steps of a second or less. To be measured."""
+
 
 @dataclass
 class ParallelModel:
@@ -109,7 +112,7 @@ class ParallelModel:
 
 def build_model(
     path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None,
-    max_length: int | None = None,
+    max_length: int | None = None, steps: int = 0,
 ) -> ParallelModel:  # fmt: skip
     """Build, adapt, shard and fill the model of a Hugging Face folder.
 
@@ -121,6 +124,7 @@ def build_model(
         seed: of new adapters.
         layers: cut the model to its first so many blocks (for a self-test); None: all.
         max_length: longest document; None: not known.
+        steps: optimiser steps of the run, by which ``model.compile=auto`` decides.
 
     Raises:
         ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it.
@@ -142,12 +146,15 @@ def build_model(
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
     trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
+    compiled = wants_compile(settings.compile, mesh.device.type, steps)
+    if compiled and not mesh.rank:
+        log.info("Blocks are compiled (model.compile=%s): the first steps take longer", settings.compile)
     # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
     plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
     activation_checkpoint.apply(
         blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload,
         mlp_tiles=settings.mlp_tiles, split=block_parts.split,
-        prepare=lambda unit: compile_unit(unit) if settings.compile and id(unit) not in plain else None,
+        prepare=lambda unit: compile_unit(unit) if compiled and id(unit) not in plain else None,
     )  # fmt: skip
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)
@@ -161,8 +168,13 @@ def _tell(causal_lm: PreTrainedModel) -> None:
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
+def wants_compile(setting: str, device_type: str, steps: int) -> bool:
+    """Whether blocks are compiled; ``auto``: on CUDA, where the run has ``COMPILE_PAYS_FROM`` steps or more."""
+    return setting == "true" or (setting == "auto" and device_type == "cuda" and steps >= COMPILE_PAYS_FROM)
+
+
 def compile_unit(unit: nn.Module) -> None:
-    """Compile a module's forward; attention inside it breaks the graph and runs as it is."""
+    """Compile a module's forward; a backend that is marked ``outside_graph`` cuts the graph and runs as it is."""
     unit.forward = torch.compile(unit.forward)
 
 

@@ -193,22 +193,20 @@ def _outputs(attend: Attend, needs: Requirements, dtype: torch.dtype) -> dict[st
     lengths, dice, features = (5, 130, 1, 64), torch.Generator().manual_seed(0), needs.features
 
     def made_up(*shape: int, factor: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=dice) * factor).to(needs.dtype).to(needs.device, dtype).requires_grad_()
+        values = torch.randn(shape, generator=dice) * factor
+        return values.to(needs.dtype).to(needs.device, dtype).requires_grad_()
 
+    kv_shape = (1, 2 if "gqa" in features else 8, sum(lengths), needs.head_size)
+    q, k, v = made_up(1, 8, *kv_shape[2:], factor=3.0), made_up(*kv_shape), made_up(*kv_shape)
+    sinks = [made_up(8)] if "sinks" in features else []
+    window, softcap = 16 if "sliding_window" in features else None, 2.0 if "softcap" in features else None
+    spec = AttentionSpec(needs.head_size**-0.5, window, softcap, *sinks)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=needs.device)
     with torch.enable_grad():
-        shapes = [(1, heads, sum(lengths), needs.head_size) for heads in (8, 2 if "gqa" in features else 8)]
-        inputs = {"query": made_up(*shapes[0], factor=3.0), "key": made_up(*shapes[1]), "value": made_up(*shapes[1])}
-        sinks = made_up(8) if "sinks" in features else None
-        spec = AttentionSpec(
-            needs.head_size**-0.5, 16 if "sliding_window" in features else None,
-            2.0 if "softcap" in features else None, sinks,
-        )  # fmt: skip
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=needs.device)
-        output = attend(*inputs.values(), spec, AttentionContext(bounds, lengths, max(lengths), attend))
-        leaves = inputs if sinks is None else {**inputs, "sinks": sinks}
-        gradients = torch.autograd.grad(output, leaves.values(), made_up(*output.shape).detach())
-    named = {f"gradient of the {name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {"output": output.detach(), **named}
+        output = attend(q, k, v, spec, AttentionContext(bounds, lengths, max(lengths), attend))
+        gradients = torch.autograd.grad(output, [q, k, v, *sinks], made_up(*output.shape).detach())
+    names = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of the sinks")
+    return dict(zip(names, (output.detach(), *gradients), strict=False))
 
 
 def _lay_end_to_end(x: Tensor) -> Tensor:
@@ -326,7 +324,8 @@ def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context
 
 # Looked up here and not at each call, which would cut a compiled block's graph. torch 2.11 has no such flag, though
 # its kernel takes grouped heads.
-_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if _GROUPED else {}
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
@@ -337,10 +336,10 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context:
     _refuse_dropout("varlen", spec)
     window = (-1, 0) if spec.sliding_window is None else _flash_window(spec.sliding_window)
     bounds, longest = context.cu_seqlens, context.max_seqlen
-    flat = [_lay_end_to_end(x) for x in (q, k, v)]
     output: Any = varlen_attn(
-        *flat, bounds, bounds, longest, longest, scale=spec.scaling, window_size=window, **_VARLEN_OPTIONS
-    )
+        _lay_end_to_end(q), _lay_end_to_end(k), _lay_end_to_end(v), bounds, bounds, longest, longest,
+        scale=spec.scaling, window_size=window, **_VARLEN_OPTIONS,
+    )  # fmt: skip
     return _back_to_rows(output, q.shape[0])
 
 
