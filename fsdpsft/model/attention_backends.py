@@ -198,13 +198,14 @@ def _outputs(attend: Attend, needs: Requirements, dtype: torch.dtype) -> dict[st
 
     kv_shape = (1, 2 if "gqa" in features else 8, sum(lengths), needs.head_size)
     q, k, v = made_up(1, 8, *kv_shape[2:], factor=3.0), made_up(*kv_shape), made_up(*kv_shape)
-    sinks = [made_up(8)] if "sinks" in features else []
+    sinks = made_up(8) if "sinks" in features else None
     window, softcap = 16 if "sliding_window" in features else None, 2.0 if "softcap" in features else None
-    spec = AttentionSpec(needs.head_size**-0.5, window, softcap, *sinks)
+    spec = AttentionSpec(needs.head_size**-0.5, window, softcap, sinks)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=needs.device)
     with torch.enable_grad():
         output = attend(q, k, v, spec, AttentionContext(bounds, lengths, max(lengths), attend))
-        gradients = torch.autograd.grad(output, [q, k, v, *sinks], made_up(*output.shape).detach())
+        leaves = [leaf for leaf in (q, k, v, sinks) if leaf is not None]
+        gradients = torch.autograd.grad(output, leaves, made_up(*output.shape).detach())
     names = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of the sinks")
     return dict(zip(names, (output.detach(), *gradients), strict=False))
 
