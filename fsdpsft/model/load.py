@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.checkpoint.safetensors_read import TensorFiles, open_model_files
-from fsdpsft.errors import ModelError
+from fsdpsft.errors import ModelError, and_more
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "toke
 """What is downloaded from the Hub: never pickles, never code."""
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_LISTED = 8  # names shown in an error before "and N more"
 
 
 def resolve_model_path(name_or_path: str) -> Path:
@@ -266,10 +265,10 @@ def _check(
         if files[key].shape != tuple(state[name].shape)
     ]
     if unexpected and not strict:
-        logger.info("%s: %d tensors are left out: %s", path, len(unexpected), _listed(unexpected))
+        logger.info("%s: %d tensors are left out: %s", path, len(unexpected), and_more(unexpected))
         unexpected = []
     problems = [
-        f"{title}: {_listed(names)}"
+        f"{title}: {and_more(names)}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched))
         if names
     ]
@@ -282,13 +281,6 @@ def _targets(conversion: _Conversion) -> list[str]:
     """Names that a conversion yields; the first of its patterns occurs in ``target``, the others take its place."""
     patterns = conversion.converter.target_patterns
     return [conversion.target.replace(patterns[0], pattern) for pattern in patterns]
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Join the first few names."""
-    names = list(names)
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 @torch.no_grad()
@@ -343,7 +335,7 @@ def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.de
     """Replace meta tensors by uninitialised ones on ``device``, move buffers, and tie again what was tied."""
     lost = [name for name, buffer in _non_persistent_buffers(model) if buffer.is_meta]
     if lost:
-        raise ModelError(f"{type(model).__name__}: buffers {_listed(lost)} are in no file and cannot be recomputed.")
+        raise ModelError(f"{type(model).__name__}: buffers {and_more(lost)} are in no file and cannot be recomputed.")
     groups = tied_groups(model)
 
     def place(tensor: Tensor) -> Tensor:
