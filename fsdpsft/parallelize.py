@@ -112,19 +112,18 @@ class ParallelModel:
 
 def build_model(
     path: Path, settings: ModelConfig, mesh: Mesh, *, packed: bool, seed: int, layers: int | None = None,
-    max_length: int | None = None, steps: int = 0,
+    max_length: int | None = None,
 ) -> ParallelModel:  # fmt: skip
     """Build, adapt, shard and fill the model of a Hugging Face folder.
 
     Args:
         path: the folder.
-        settings: the run's ``model`` section.
+        settings: the run's ``model`` section; ``compile`` is ``true``, or blocks are not compiled.
         mesh: the processes.
         packed: whether documents share a row, which some architectures cannot honour.
         seed: of new adapters.
         layers: cut the model to its first so many blocks (for a self-test); None: all.
         max_length: longest document; None: not known.
-        steps: optimiser steps of the run, by which ``model.compile=auto`` decides.
 
     Raises:
         ModelError: an architecture that cannot be trained exactly, by name, or files that do not fit it.
@@ -146,15 +145,12 @@ def build_model(
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     blocks = decoder_blocks(causal_lm)
     trimmed = settings.trim_last_block and trim_last_block(blocks[-1])
-    compiled = wants_compile(settings.compile, mesh.device.type, steps)
-    if compiled and not mesh.rank:
-        log.info("Blocks are compiled (model.compile=%s): the first steps take longer", settings.compile)
     # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
     plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
     activation_checkpoint.apply(
         blocks, settings.enable_gradient_checkpointing, offload=settings.activation_offload,
         mlp_tiles=settings.mlp_tiles, split=block_parts.split,
-        prepare=lambda unit: compile_unit(unit) if compiled and id(unit) not in plain else None,
+        prepare=lambda unit: compile_unit(unit) if settings.compile == "true" and id(unit) not in plain else None,
     )  # fmt: skip
     whole = _shard(module, blocks, settings, mesh, dtype)
     _fill(causal_lm, path, settings, mesh, seed, strict=layers is None)

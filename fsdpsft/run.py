@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +43,7 @@ from fsdpsft.model import lora
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer
-from fsdpsft.parallelize import ParallelModel, build_model
+from fsdpsft.parallelize import ParallelModel, build_model, wants_compile
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
 from fsdpsft.signals import Stopped, StopSignal
@@ -194,10 +194,13 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
     o, t = config.optim, config.trainer
     loader = make_loader(config, data.train, data, mesh)
     total_steps = t.total_training_steps or t.total_epochs * len(loader)
+    compiled = wants_compile(config.model.compile, mesh.device.type, total_steps)
     model = build_model(
-        data.model_path, config.model, mesh, packed=config.use_remove_padding, seed=t.seed,
-        max_length=config.data.max_length, steps=total_steps,
+        data.model_path, replace(config.model, compile=str(compiled).lower()), mesh, packed=config.use_remove_padding,
+        seed=t.seed, max_length=config.data.max_length,
     )  # fmt: skip
+    if compiled and not mesh.rank:
+        log.info("Blocks are compiled (model.compile=%s): the first steps take a minute longer", config.model.compile)
     optimizer = build_optimizer(
         model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
         state_dtype=resolve_dtype(o.state_dtype, mesh.device),
