@@ -4,6 +4,13 @@ Each says where the fault is (file, row, key), what was found, and what to do. `
 once, and exits with code 1; anything else is a bug of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
+_LISTED = 8
+
 
 class UserError(ValueError):
     """A mistake the user can mend."""
@@ -48,3 +55,9 @@ class RowError(DataError):
     def __init__(self, message: str, reason: str = "unusable row") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def and_more(names: Collection[object], most: int = _LISTED) -> str:
+    """The first names and how many more there are: ``a, b and 3 more``."""
+    shown = ", ".join(map(str, islice(names, most)))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -11,25 +11,31 @@ Shapes: M trained positions, D hidden size, V vocabulary (legend in ``batch.py``
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+log = logging.getLogger(__name__)
 
 # Logits that the softmax holds in float32 at one time: on CPU 4 MiB, which stay in the cache from pass to pass.
 _CPU_PIECE, _PIECE = 2**20, 2**25
 _COLUMNS = 8192  # of the vocabulary, whose gradients wait in the compute dtype to be added up in float32
 
 
-@dataclass(frozen=True)
-class HeadFormula:
+class HeadFormula(NamedTuple):
     """What a model's head does beyond its matrix product: ``cap * tanh(scale * (h W^T + b) / cap)``."""
 
     scale: float = 1.0
     softcap: float | None = None
+
+
+LINEAR = HeadFormula()
 
 
 def _apply(formula: HeadFormula, product: Tensor) -> Tensor:
@@ -97,11 +103,14 @@ class _Gradients:
                 self.weight[column].add_(torch.mm(gradient[:, column].t(), hidden))
 
 
-def _softmax(product: Tensor, targets: Tensor, formula: HeadFormula) -> Tensor:
-    """Cross-entropies [m] of targets [m]; the product [m, V] becomes their gradients, but for the formula's scale.
+Softmax = Callable[[Tensor, Tensor, HeadFormula, bool], Tensor]
 
-    A few rows at a time, so that no more than these exist in float32. The targets' own gradients, near zero where a
-    token is certain, are set apart.
+
+def plain_softmax(product: Tensor, targets: Tensor, formula: HeadFormula, gradient: bool) -> Tensor:
+    """Cross-entropies [m] of targets [m]; with ``gradient``, their gradients replace the head's product [m, V].
+
+    The gradients lack the formula's scale. A few rows at a time, so that no more than these exist in float32. The
+    targets' own gradients are near zero where a token is certain, and so computed by ``expm1``.
     """
     accurate = torch.promote_types(product.dtype, torch.float32)
     losses = product.new_empty(len(product), dtype=accurate)
@@ -111,16 +120,50 @@ def _softmax(product: Tensor, targets: Tensor, formula: HeadFormula) -> Tensor:
         log_p = torch.log_softmax(logits, -1, dtype=accurate)
         at_target = log_p.gather(1, chosen)
         losses[rows] = -at_target.squeeze(1)
-        gradient = torch.exp(log_p, out=product[rows] if slope is None else log_p)
-        gradient.scatter_(1, chosen, torch.expm1(at_target).to(gradient.dtype))
+        if not gradient:
+            continue
+        change = torch.exp(log_p, out=product[rows] if slope is None else log_p)
+        change.scatter_(1, chosen, torch.expm1(at_target).to(change.dtype))
         if slope is not None:
-            torch.mul(gradient, slope, out=product[rows])
+            torch.mul(change, slope, out=product[rows])
     return losses
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-    """``hidden [m, D] @ weight^T + bias`` in the first rows of ``room`` [.., V]."""
-    product = room[: len(hidden)]
+@cache
+def softmax_for(device: torch.device, dtype: torch.dtype) -> Softmax:
+    """On CUDA the fused kernel, if it runs there and gives what ``plain_softmax`` gives, which serves elsewhere."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return plain_softmax
+    try:
+        from fsdpsft.loss_kernel import fused_softmax
+
+        fault = disagreement(fused_softmax, device, dtype)
+    except Exception as error:  # noqa: BLE001  # a compiler that fails may raise anything; we do without it
+        fault = f"{type(error).__name__}: {error}"
+    log.info("The head's softmax: %s", "a fused Triton kernel" if fault is None else f"plain operators, as {fault}")
+    return fused_softmax if fault is None else plain_softmax
+
+
+def disagreement(softmax: Softmax, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What ``softmax`` does otherwise than ``plain_softmax`` on made-up logits of several blocks; None: nothing."""
+    dice = torch.Generator().manual_seed(0)
+    logits = (torch.randn(5, 9001, generator=dice) * 4).to(device, dtype)
+    targets = torch.tensor([0, 9000, 4096, 17, 4095], device=device)
+    logits[3, 17] = 40.0  # a certain token
+    for formula in (LINEAR, HeadFormula(0.5, 3.0)):
+        for gradient in (True, False):
+            found, expected = logits.clone(), logits.float()
+            losses = softmax(found, targets, formula, gradient), plain_softmax(expected, targets, formula, gradient)
+            if not torch.allclose(*losses, rtol=1e-5, atol=1e-5):
+                return f"its losses with {formula} differ"
+            if not torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps + 1e-5, atol=1e-6):
+                return f"its gradients with {formula} differ"
+    return None
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """``hidden [m, D] @ weight^T + bias`` in the first rows of ``buffer`` [.., V]."""
+    product = buffer[: len(hidden)]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=product)
     return torch.addmm(bias, hidden, weight.t(), out=product)
@@ -140,11 +183,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight, dtype=accumulate) if needs_weight else None,
             torch.zeros_like(bias, dtype=accumulate) if needs_bias and bias is not None else None,
         )
-        # One room for all chunks: blocks of this size, asked for and freed by each, would be torn apart by small ones.
-        room = hidden.new_empty(min(chunk_size, len(hidden)), weight.shape[0])
+        softmax = softmax_for(hidden.device, hidden.dtype)
+        # One buffer for all chunks: if each allocated its own, small tensors would fragment the memory in between.
+        buffer = hidden.new_empty(min(chunk_size, len(hidden)), weight.shape[0])
         for part in _slices(len(hidden), chunk_size):
-            product = _product(hidden[part], weight, bias, room)
-            token_losses[part] = _softmax(product, targets[part], formula)
+            product = _product(hidden[part], weight, bias, buffer)
+            token_losses[part] = softmax(product, targets[part], formula, any(ctx.needs_input_grad))
             gradients.add(part, product, weights[part, None] * formula.scale, hidden[part], weight)
         # Not saved but handed over: with no other owner left, autograd keeps what the backward returns. Of a saved
         # tensor it would make a copy, as large as the head.
@@ -184,7 +228,7 @@ def default_chunk(device_type: str, vocabulary: int) -> int:
 
 def cross_entropy_sum(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor,
-    *, formula: HeadFormula = HeadFormula(), chunk_size: int | None = None,
+    *, formula: HeadFormula = LINEAR, chunk_size: int | None = None,
     take_weight_gradient: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weighted sum of the cross-entropies at trained positions; the caller divides once by the global weight.
@@ -204,4 +248,6 @@ def cross_entropy_sum(
         each token [M], detached.
     """
     chunk_size = chunk_size or default_chunk(hidden.device.type, weight.shape[0])
+    if not torch.is_grad_enabled():  # which the function itself is not told
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, formula, chunk_size, take_weight_gradient)  # type: ignore[no-any-return,no-untyped-call]

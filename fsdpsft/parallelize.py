@@ -39,6 +39,9 @@ from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks, resolv
 
 log = logging.getLogger(__name__)
 
+COMPILE_PAYS_FROM = 1000
+"""Steps: compiling takes about a minute, and is taken to save a tenth of steps of a second or less. To be measured."""
+
 
 @dataclass
 class ParallelModel:
@@ -117,7 +120,8 @@ def build_model(path: Path, settings: ModelConfig, mesh: Mesh, work: Work, *, se
     proof.compute_with(attend, dtype)
     module = SFTModel(causal_lm, settings.head_chunk_tokens)
     how = _recomputation(module, settings, mesh, work, draws=proof.draws)
-    _compile(causal_lm, settings, proof)
+    if wants_compile(settings.compile, mesh.device.type, work.steps):
+        _compile(causal_lm, settings.mlp_tiles, proof)
     _checkpoint(causal_lm, how, proof)
     proof.finish(mesh.sum)
     whole = _shard(module, settings, mesh, dtype)
@@ -146,6 +150,11 @@ def _tell(causal_lm: PreTrainedModel, how: Recomputation) -> None:
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
+def wants_compile(setting: str, device_type: str, steps: int) -> bool:
+    """Whether blocks are compiled; ``auto``: on CUDA, where the run has ``COMPILE_PAYS_FROM`` steps or more."""
+    return setting == "true" or (setting == "auto" and device_type == "cuda" and steps >= COMPILE_PAYS_FROM)
+
+
 def _attention(causal_lm: PreTrainedModel, settings: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Attend:
     """The attention backend, inside the Ulysses exchange where there is one."""
     backend = choose_backend(settings.attn_implementation, requirements(causal_lm, mesh.device, dtype))
@@ -165,12 +174,14 @@ def _recomputation(module: SFTModel, settings: ModelConfig, mesh: Mesh, work: Wo
     return Recomputation(mode, settings.activation_offload, settings.mlp_tiles, draws)
 
 
-def _compile(causal_lm: PreTrainedModel, settings: ModelConfig, proof: BlockProof) -> None:
-    """Compile each unit's forward, which the compiler must see without what wraps it; attention runs outside."""
-    if not settings.compile:
-        return
-    with proof.unchanged(Change("model.compile=true", "Set model.compile=false."), same_kernels=False):
-        for unit in activation_checkpoint.units(decoder_blocks(causal_lm), settings.mlp_tiles):
+def _compile(causal_lm: PreTrainedModel, mlp_tiles: int, proof: BlockProof) -> None:
+    """Compile each unit's forward, which the compiler must see without what wraps it.
+
+    A backend that is marked ``outside_graph`` cuts the graph and runs as it is.
+    """
+    log.info("blocks are compiled: the first steps take a minute longer")
+    with proof.unchanged(Change("model.compile", "Set model.compile=false."), same_kernels=False):
+        for unit in activation_checkpoint.units(decoder_blocks(causal_lm), mlp_tiles):
             unit.forward = torch.compile(unit.forward)
 
 

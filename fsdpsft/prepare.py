@@ -106,7 +106,7 @@ def prepare_data(config: Config) -> TrainingData:
     leader = env_local_rank() == 0
     sources = resolve_sources(d.train_files, d.dataset_info)
     held_out = resolve_sources(d.val_files, d.dataset_info, split="validation") if d.val_files is not None else []
-    model_path = resolve_model_path(config.model.partial_pretrain, node_leader=leader)
+    model_path = resolve_model_path(config.model.partial_pretrain)
     tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
     eos = generation_eos(model_path)
     encoder = make_encoder(d, sources, tokenizer, eos)

@@ -195,7 +195,8 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
     o, t = config.optim, config.trainer
     loader = make_loader(config, data.train, data, mesh)
     moments = resolve_dtype(o.state_dtype, mesh.device)
-    work = Work(config.use_remove_padding, config.data.max_length, config.data.token_budget, moments)
+    total_steps = t.total_training_steps or t.total_epochs * len(loader)
+    work = Work(config.use_remove_padding, config.data.max_length, config.data.token_budget, moments, total_steps)
     model = build_model(data.model_path, config.model, mesh, work, seed=t.seed)
     optimizer = build_optimizer(
         model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
@@ -206,7 +207,6 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
         publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
     )  # fmt: skip
     state = _resume(config, data, model, optimizer, checkpoints)
-    total_steps = t.total_training_steps or t.total_epochs * len(loader)
     schedule = build_schedule(
         o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
         decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,

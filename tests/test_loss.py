@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdpsft import loss as loss_module
 from fsdpsft.loss import HeadFormula, cross_entropy_sum
@@ -112,6 +115,38 @@ def test_evaluation_needs_no_gradient() -> None:
     assert loss.item() == pytest.approx(
         slow_loss(hidden, weight, None, targets, weights, HeadFormula())[0].item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("formula", [HeadFormula(), HeadFormula(0.5, 2.0)])
+def test_evaluation_makes_no_gradient(formula: HeadFormula) -> None:
+    """Neither the head's, as large as the head, nor the logits': some products and one softmax are all that is done."""
+    (hidden, _, _), targets, weights = inputs(torch.float32, False)
+    wide = torch.ones(20_000, 16, requires_grad=True)
+
+    def work() -> tuple[list[str], int]:
+        with PeakMemory() as memory, Operators() as operators:
+            cross_entropy_sum(hidden, wide, None, targets, weights, formula=formula, chunk_size=4)
+        return operators.names, memory.peak
+
+    trained, peak = work()
+    with torch.no_grad():
+        evaluated, evaluation_peak = work()
+    of_gradients = {"exp", "expm1", "scatter_", "addmm", "addmm_"}
+    assert of_gradients & set(trained) and not of_gradients & set(evaluated)
+    assert evaluated.count("mm") == 10  # one for each chunk
+    assert peak - evaluation_peak >= wide.nbytes
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_gradients_are_scaled_in_float32() -> None:

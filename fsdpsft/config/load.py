@@ -189,6 +189,8 @@ def _spelt(name: str, key: Key, value: Any) -> tuple[Any] | None:
     spelt = value
     if name == "model.enable_gradient_checkpointing" and str(value).lower() in ("true", "false"):
         spelt = "full" if str(value).lower() == "true" else "none"
+    elif "true" in key.choices and isinstance(value, bool):
+        spelt = str(value).lower()
     elif "float32" in key.choices and value in _DTYPES:
         spelt = _DTYPES[value]
     elif key.nullable and key.low is not None and value == -1:

@@ -237,9 +237,10 @@ class ModelConfig:
         choices=("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"),
         on_resume="free",
     )
-    compile: bool = key(
-        False, "true: torch.compile on each block; selective then keeps attention's output alone", on_resume="free"
-    )
+    compile: str = key(
+        "auto", "torch.compile on each block; auto: on CUDA for 1000 steps or more | true | false",
+        choices=("auto", "true", "false"), on_resume="free",
+    )  # fmt: skip
     dtype: str = key(
         "auto",
         "{choices}: of the compute (auto: bfloat16 on CUDA, float32 on CPU)",

@@ -1,37 +1,44 @@
 """The attention kernels, behind one signature, each with what it supports stated as data.
 
 Every backend is ``attend(q, k, v, spec, context)``: q [R, H, S, E], k and v [R, K, S, E], result [R, H, S, E], causal
-within each document of ``context``. Rows are laid end to end first, so that packed (R = 1) and padded batches are the
-same thing to a kernel. ``sdpa`` is the reference that runs anywhere; the others are compared with it. FlashAttention 2
-and 3 and torch's varlen attention need CUDA and follow their documented signatures; so does ``flex``, whose forward
-pass (not its backward) also runs on CPU, unfused, which is how its masks are tested.
+within each document of ``context``. Rows are laid end to end first, so packed (R = 1) and padded batches look the same
+to a kernel. ``sdpa`` is the reference and runs anywhere. ``choose_backend`` runs any other kernel once on the run's
+device and takes it only if its output and gradients are those of the reference.
+
+No CUDA kernel has run in the tests: FlashAttention 2 and 3 follow their documented signatures; ``varlen`` is tested
+with CPU kernels registered for its operators; ``flex`` also runs on CPU, unfused.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
+from importlib import import_module
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
 from fsdpsft.errors import ConfigError
 from fsdpsft.model.attention import Attend, AttentionContext, AttentionSpec
 
+log = logging.getLogger(__name__)
+
 HALF = frozenset({torch.float16, torch.bfloat16})
+ANY_FLOAT = HALF | {torch.float32, torch.float64}
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """What model families call it in their configurations."""
-ANY_FLOAT = HALF | {torch.float32, torch.float64}
 
 outside_graph: Callable[[Attend], Attend] = torch.compiler.disable
+"""Marks a backend at which a compiled block's graph is cut: it runs as it is. Without the mark it is traced."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,20 @@ class Backend:
         missing: returns why it cannot be used in this installation, or None.
         max_head_size, head_size_multiple: bounds on E.
         min_capability: lowest CUDA compute capability.
-        traceable: may stand inside a compiled region; the others break the graph around themselves.
+        second: a slower way to call the same kernel, for where ``attend`` does not prove itself.
+        auto_for: ``auto`` takes it only for a model that needs one of these features; None for any model.
     """
 
     attend: Attend
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     features: frozenset[str]
-    missing: Callable[[], str | None]
+    missing: Callable[[], str | None] = lambda: None
     max_head_size: int | None = None
     head_size_multiple: int = 1
     min_capability: tuple[int, int] = (0, 0)
-    traceable: bool = False
+    second: Attend | None = None
+    auto_for: frozenset[str] | None = None
 
 
 def requirements(model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype) -> Requirements:
@@ -107,26 +116,98 @@ def objections(name: str, needs: Requirements) -> list[str]:
     ]
     found = [reason for failed, reason in checks if failed]
     found += [f"it has no {feature}" for feature in sorted(needs.features - backend.features)]
-    reason = backend.missing()
-    return found if reason is None else [*found, reason]
+    if not found and (reason := backend.missing()) is not None:  # last, as it imports a package
+        found.append(reason)
+    return found
 
 
-def choose_backend(name: str, needs: Requirements) -> Backend:
+Prove = Callable[[Attend, Requirements], str | None]
+
+
+def choose_backend(name: str, needs: Requirements, prove: Prove | None = None) -> Backend:
     """Return the named backend, or for ``auto`` the first of ``BACKENDS`` (fastest first) that serves ``needs``.
+
+    Args:
+        name: ``auto`` or one of ``BACKENDS``.
+        needs: from ``requirements``.
+        prove: runs the kernel on the device and returns what is wrong with it, or None; ``disagreement`` by default.
 
     Raises:
         ConfigError: the name is unknown, or the backend cannot serve the model; with each reason.
     """
-    if name == "auto":
-        return BACKENDS[next(candidate for candidate in BACKENDS if not objections(candidate, needs))]
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise ConfigError(f"model.attn_implementation={name} is not known; choose auto or one of {list(BACKENDS)}.")
-    if reasons := objections(name, needs):
-        raise ConfigError(
-            f"model.attn_implementation={name} cannot be used: {'; '.join(reasons)}. "
-            "Set model.attn_implementation=auto, or sdpa, which has every feature."
-        )
-    return BACKENDS[name]
+    refused: dict[str, list[str]] = {}
+    for candidate in _automatic(needs) if name == "auto" else [name]:
+        refused[candidate] = objections(candidate, needs)
+        if refused[candidate]:
+            continue
+        backend = BACKENDS[candidate]
+        for attend in filter(None, (backend.attend, backend.second)):
+            wrong = (prove or disagreement)(attend, needs)
+            if wrong is None:
+                _announce(f"{candidate} ({attend.__name__})", refused)
+                return replace(backend, attend=attend) if attend is backend.second else backend
+            refused[candidate].append(f"{attend.__name__}: {wrong}")
+    reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in refused.items())
+    raise ConfigError(
+        f"model.attn_implementation={name} cannot be used: {reasons}. "
+        "Set model.attn_implementation=auto, or sdpa, which has every feature."
+    )
+
+
+def _automatic(needs: Requirements) -> Iterable[str]:
+    """Names that ``auto`` may take, the preferred one first."""
+    return (n for n, backend in BACKENDS.items() if backend.auto_for is None or backend.auto_for & needs.features)
+
+
+def _announce(chosen: str, refused: dict[str, list[str]]) -> None:
+    others = [f"not {name}: {', '.join(why)}" for name, why in refused.items() if why]
+    log.info("Attention: %s", "; ".join([chosen, *others]))
+
+
+def disagreement(attend: Attend, needs: Requirements) -> str | None:
+    """Run a backend on a small batch on the run's device and compare it with ``attend_sdpa`` in float32.
+
+    The batch has documents of several lengths and every feature that ``needs`` names, but for dropout, which draws.
+
+    Returns:
+        What is wrong, or None: output and gradients agree to rounding.
+    """
+    if attend is attend_sdpa:
+        return None
+    try:
+        found = _outputs(attend, needs, needs.dtype)
+    except Exception as error:  # noqa: BLE001  # a kernel that does not start may raise anything; it is not taken
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    tolerance = 0.03 if needs.dtype in HALF else 1e-3
+    for name, expected in _outputs(attend_sdpa, needs, torch.float32).items():
+        off = float((found[name].float() - expected).norm() / expected.norm())
+        if not off <= tolerance:  # also where it is not a number
+            return f"its {name} differs from attention by sdpa by {off:.1e} of its norm"
+    return None
+
+
+def _outputs(attend: Attend, needs: Requirements, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Attention's output and gradients on made-up inputs, which are the same for each ``dtype``."""
+    lengths, dice, features = (5, 130, 1, 64), torch.Generator().manual_seed(0), needs.features
+
+    def made_up(*shape: int, factor: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=dice) * factor
+        return values.to(needs.dtype).to(needs.device, dtype).requires_grad_()
+
+    kv_shape = (1, 2 if "gqa" in features else 8, sum(lengths), needs.head_size)
+    q, k, v = made_up(1, 8, *kv_shape[2:], factor=3.0), made_up(*kv_shape), made_up(*kv_shape)
+    sinks = made_up(8) if "sinks" in features else None
+    window, softcap = 16 if "sliding_window" in features else None, 2.0 if "softcap" in features else None
+    spec = AttentionSpec(needs.head_size**-0.5, window, softcap, sinks)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=needs.device)
+    with torch.enable_grad():
+        output = attend(q, k, v, spec, AttentionContext(bounds, lengths, max(lengths), attend))
+        leaves = [leaf for leaf in (q, k, v, sinks) if leaf is not None]
+        gradients = torch.autograd.grad(output, leaves, made_up(*output.shape).detach())
+    names = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of the sinks")
+    return dict(zip(names, (output.detach(), *gradients), strict=False))
 
 
 def _lay_end_to_end(x: Tensor) -> Tensor:
@@ -208,7 +289,7 @@ def _varlen_arguments(
 
 @outside_graph
 def attend_flash_2(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """FlashAttention 2 (package ``flash-attn`` 2.6 or later, for ``softcap``). Needs CUDA: not run by the tests."""
+    """FlashAttention 2 (package ``flash-attn`` 2.6 or later, for ``softcap``). On CUDA."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     qkv, common = _varlen_arguments(q, k, v, spec, context)
@@ -230,7 +311,7 @@ def _refuse_dropout(name: str, spec: AttentionSpec) -> None:
 
 @outside_graph
 def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. Needs CUDA: not run by the tests.
+    """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. On CUDA.
 
     Earlier releases return the output with the log-sum-exp, later ones the output alone.
     """
@@ -242,41 +323,31 @@ def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context
     return _back_to_rows(result[0] if isinstance(result, tuple) else result, q.shape[0])
 
 
-@cache
-def _torch_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
-    """torch's ``varlen_attn`` and its parameters, which grew from 2.10 (causal flag only) to 2.13."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None, frozenset()
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+# Looked up here and not at each call, which would cut a compiled block's graph. torch 2.11 has no such flag, though
+# its kernel takes grouped heads.
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if _GROUPED else {}
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """``torch.nn.attention.varlen.varlen_attn`` (FlashAttention 2 inside torch). Needs CUDA: not run by the tests.
+    """``torch.nn.attention.varlen.varlen_attn``: FlashAttention inside torch, on CUDA.
 
-    Where torch's version has no ``scale``, the query carries it; where it has no ``enable_gqa``, key and value heads
-    are repeated. It is a custom operator, so it may stand inside a compiled region.
+    A custom operator, so a compiled block's graph is not cut here.
     """
-    varlen_attn, known = _torch_varlen()
-    assert varlen_attn is not None  # choose_backend has looked
     _refuse_dropout("varlen", spec)
-    options: dict[str, Any] = {}
-    if "scale" in known:
-        options["scale"] = spec.scaling
-    else:
-        q = q * (spec.scaling * q.shape[-1] ** 0.5)
-    if "enable_gqa" in known:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    elif q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if "is_causal" in known:
-        options["is_causal"] = True
-    if "window_size" in known:
-        options["window_size"] = (-1, 0) if spec.sliding_window is None else _flash_window(spec.sliding_window)
+    window = (-1, 0) if spec.sliding_window is None else _flash_window(spec.sliding_window)
     bounds, longest = context.cu_seqlens, context.max_seqlen
-    flat = [_lay_end_to_end(x) for x in (q, k, v)]
-    return _back_to_rows(varlen_attn(*flat, bounds, bounds, longest, longest, **options), q.shape[0])
+    output: Any = varlen_attn(
+        _lay_end_to_end(q), _lay_end_to_end(k), _lay_end_to_end(v), bounds, bounds, longest, longest,
+        scale=spec.scaling, window_size=window, **_VARLEN_OPTIONS,
+    )  # fmt: skip
+    return _back_to_rows(output, q.shape[0])
+
+
+def attend_varlen_repeated(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """``attend_varlen`` with a key and value head for each query head, for a kernel that wants it so."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return attend_varlen(q, k, v, spec, context)
 
 
 def _block_mask(context: AttentionContext, window: int | None, device: torch.device) -> BlockMask:
@@ -303,56 +374,64 @@ def _compiled_flex() -> Callable[..., Any]:
 
 @outside_graph
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """FlexAttention with a document, causal and window mask; compiled on CUDA; on CPU forward only."""
+    """FlexAttention with a document, causal and window mask; compiled on CUDA; on CPU forward only.
+
+    A sink takes its share of the softmax after the kernel, which also returns the log-sum-exp of the scores.
+    """
     _refuse_dropout("flex", spec)
-    cap = 0.0 if spec.softcap is None else spec.softcap
+    cap = spec.softcap or 0.0
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
     run: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
     flat = [_lay_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, T, E]
-    output = run(
+    output, more = run(
         *flat, score_mod=capped if cap else None, scale=spec.scaling, enable_gqa=q.shape[1] != k.shape[1],
-        block_mask=_block_mask(context, spec.sliding_window, q.device),
+        block_mask=_block_mask(context, spec.sliding_window, q.device), return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    if spec.sinks is not None:
+        share = torch.sigmoid(more.lse - spec.sinks.to(more.lse.dtype)[:, None])  # [1, H, T], of the tokens
+        output = (output * share[..., None]).to(output.dtype)
     return _back_to_rows(output[0].transpose(0, 1), q.shape[0])
 
 
-def _needs_module(module: str, package: str) -> Callable[[], str | None]:
-    return lambda: None if importlib.util.find_spec(module) else f"{package} is not installed"
+def _needs(module: str, package: str) -> Callable[[], str | None]:
+    """Why a package's kernel cannot be imported; a folder of the package's name does not make it usable."""
 
+    def missing() -> str | None:
+        try:
+            import_module(module).flash_attn_varlen_func  # noqa: B018
+        except Exception as error:  # noqa: BLE001  # a package built for another torch may raise anything
+            absent = isinstance(error, ModuleNotFoundError) and error.name == module
+            return f"{package} is not installed" if absent else f"{package} cannot be imported: {error}"
+        return None
 
-def _varlen_missing() -> str | None:
-    return None if _torch_varlen()[0] else f"torch {torch.__version__} has no varlen_attn"
-
-
-def _varlen_features() -> frozenset[str]:
-    return frozenset({"gqa", "sliding_window"} if "window_size" in _torch_varlen()[1] else {"gqa"})
+    return missing
 
 
 CUDA = frozenset({"cuda"})
+_FLASH = frozenset({"gqa", "sliding_window", "softcap"})
 BACKENDS: dict[str, Backend] = {
     "flash_attention_3": Backend(
-        attend_flash_3, CUDA, HALF, frozenset({"gqa", "sliding_window", "softcap"}),
-        _needs_module("flash_attn_interface", "FlashAttention 3"), max_head_size=256, head_size_multiple=8,
-        min_capability=(9, 0),
+        attend_flash_3, CUDA, HALF, _FLASH, _needs("flash_attn_interface", "FlashAttention 3"),
+        max_head_size=256, head_size_multiple=8, min_capability=(9, 0),
     ),
     "flash_attention_2": Backend(
-        attend_flash_2, CUDA, HALF, frozenset({"gqa", "sliding_window", "softcap", "dropout"}),
-        _needs_module("flash_attn", "flash-attn"), max_head_size=256, head_size_multiple=8, min_capability=(8, 0),
+        attend_flash_2, CUDA, HALF, _FLASH | {"dropout"}, _needs("flash_attn", "flash-attn"),
+        max_head_size=256, head_size_multiple=8, min_capability=(8, 0),
     ),
     "varlen": Backend(
-        attend_varlen, CUDA, HALF, _varlen_features(), _varlen_missing, max_head_size=256, head_size_multiple=8,
-        min_capability=(8, 0), traceable=True,
+        attend_varlen, CUDA, HALF, frozenset({"gqa", "sliding_window"}), max_head_size=256, head_size_multiple=8,
+        min_capability=(8, 0), second=attend_varlen_repeated,
+    ),
+    "flex": Backend(
+        attend_flex, CUDA, HALF | {torch.float32}, _FLASH | {"sinks"}, max_head_size=256, min_capability=(8, 0),
+        auto_for=frozenset({"softcap", "sinks"}),
     ),
     "sdpa": Backend(
         attend_sdpa, frozenset({"cpu", "cuda", "mps", "xpu"}), ANY_FLOAT,
-        frozenset({"gqa", "sliding_window", "softcap", "sinks", "dropout", "value_head_size"}), lambda: None,
-    ),
-    "flex": Backend(
-        attend_flex, CUDA, HALF | {torch.float32},
-        frozenset({"gqa", "sliding_window", "softcap"}), lambda: None, max_head_size=256,
+        _FLASH | {"sinks", "dropout", "value_head_size"},
     ),
 }  # fmt: skip
 """By name, the one ``auto`` prefers first."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,33 +37,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.checkpoint.safetensors_read import TensorFiles, open_model_files
-from fsdpsft.errors import ModelError
+from fsdpsft.errors import ModelError, and_more
 
 logger = logging.getLogger(__name__)
 
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "merges*", "vocab*")
-"""What is fetched from the Hub: never pickles, never code."""
+"""What is downloaded from the Hub: never pickles, never code."""
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_LISTED = 8  # names shown in an error before "and N more"
 
 
-# --- Where the model is -------------------------------------------------------------------------------------------
+def resolve_model_path(name_or_path: str) -> Path:
+    """Turn ``model.partial_pretrain`` into a local folder: a folder as it is, a Hub id by downloading it.
 
-
-def _no_wait() -> None:
-    """Stand-in for a barrier where there is one process."""
-
-
-def resolve_model_path(
-    name_or_path: str, *, node_leader: bool = True, wait_for_leader: Callable[[], None] = _no_wait
-) -> Path:
-    """Turn ``model.partial_pretrain`` into a local folder: a folder as it is, a Hub id by fetching it once per node.
+    Every process may call this at once: the Hub's client locks each file of its cache, so one process of a node
+    downloads it and the others wait.
 
     Args:
         name_or_path: a local folder, or a Hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
-        node_leader: whether this process fetches for its node; the others find the files in the cache.
-        wait_for_leader: a barrier over the node, called by every process, the leader after fetching.
 
     Raises:
         ModelError: neither such a folder nor such a model on the Hub (or the Hub cannot be reached), or not a model.
@@ -72,31 +63,22 @@ def resolve_model_path(
     if folder.is_file():
         raise ModelError(f"model.partial_pretrain={name_or_path} is a file; name the folder that holds config.json.")
     if not folder.is_dir():
-        folder = _fetch(name_or_path, node_leader, wait_for_leader)
+        folder = _download(name_or_path)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:20]) or "nothing"
         raise ModelError(f"{folder} is not a Hugging Face model: it has no config.json. Found: {found}.")
     return folder
 
 
-def _fetch(repo: str, node_leader: bool, wait_for_leader: Callable[[], None]) -> Path:
-    """Fetch a Hub model into the cache, on the node's leader alone, and return its folder."""
+def _download(repo: str) -> Path:
     try:
-        if not node_leader:
-            wait_for_leader()
-        return Path(snapshot_download(repo, allow_patterns=list(ALLOWED_FILES), local_files_only=not node_leader))
+        return Path(snapshot_download(repo, allow_patterns=list(ALLOWED_FILES)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model.partial_pretrain={repo}: there is no folder of this name (looked in {Path.cwd()}), and as a Hub id "
-            f"it could not be fetched: {reason} Give the path of a local model folder, or a Hub id while online."
+            f"it could not be downloaded: {reason} Give the path of a local model folder, or a Hub id while online."
         ) from error
-    finally:
-        if node_leader:
-            wait_for_leader()
-
-
-# --- Configuration, tokenizer and an empty model ------------------------------------------------------------------
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -105,9 +87,11 @@ def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrai
     Raises:
         ModelError: the model brings its own code and ``trust_remote_code`` is off, is of an unknown type, or quantised.
     """
-    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    model_type = described.get("model_type")
-    if model_type not in CONFIG_MAPPING and "auto_map" in described and not trust_remote_code:
+    try:
+        described = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path / 'config.json'} is no JSON object: {error}") from error
+    if described.get("model_type") not in CONFIG_MAPPING and "auto_map" in described and not trust_remote_code:
         raise ModelError(
             f"{path} needs Python code that comes with the model ({described['auto_map']}). Read that code; if you "
             f"trust it, set model.trust_remote_code=true."
@@ -206,9 +190,6 @@ def _parameters_to_meta(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# --- Which tensor of the files goes where -------------------------------------------------------------------------
-
-
 @dataclass
 class _Conversion:
     """Tensors of the files that transformers turns into one or several others (experts stacked, projections split)."""
@@ -219,14 +200,14 @@ class _Conversion:
 
 
 @dataclass
-class _Plan:
+class _Origins:
     """Where each tensor of the plain model comes from, by its name there."""
 
     direct: dict[str, str]
     conversions: list[_Conversion]
 
 
-def _plan(reference: PreTrainedModel, files: TensorFiles, path: Path, strict: bool) -> _Plan:
+def _origins(reference: PreTrainedModel, files: TensorFiles, path: Path, strict: bool) -> _Origins:
     """Match the names in ``files`` with those of ``reference`` by transformers' own rules; only headers are read."""
     state = reference.state_dict()
     rules = get_model_conversion_mapping(reference)
@@ -249,9 +230,9 @@ def _plan(reference: PreTrainedModel, files: TensorFiles, path: Path, strict: bo
             conversion = conversions.setdefault(name, _Conversion(by_pattern[pattern], name))
             conversion.inputs.append((pattern, key))
     _settle_ties(reference, direct, files, path)
-    plan = _Plan(direct, list(conversions.values()))
-    _check(reference, plan, files, unexpected, path, strict)
-    return plan
+    found = _Origins(direct, list(conversions.values()))
+    _check(reference, found, files, unexpected, path, strict)
+    return found
 
 
 def _settle_ties(reference: PreTrainedModel, direct: dict[str, str], files: TensorFiles, path: Path) -> None:
@@ -269,25 +250,25 @@ def _settle_ties(reference: PreTrainedModel, direct: dict[str, str], files: Tens
 
 
 def _check(
-    reference: PreTrainedModel, plan: _Plan, files: TensorFiles, unexpected: list[str], path: Path, strict: bool
+    reference: PreTrainedModel, origins: _Origins, files: TensorFiles, unexpected: list[str], path: Path, strict: bool
 ) -> None:
     """Raise a ModelError that lists missing, unexpected and mismatched tensors."""
     state = reference.state_dict()
-    converted = {name for conversion in plan.conversions for name in _targets(conversion)}
-    missing = [name for name in state if name not in plan.direct and name not in converted]
+    converted = {name for conversion in origins.conversions for name in _targets(conversion)}
+    missing = [name for name in state if name not in origins.direct and name not in converted]
     ignored = [re.compile(p) for p in reference._keys_to_ignore_on_load_unexpected or ()]
     ignored += [re.compile(r"rotary_emb\.inv_freq"), re.compile(r"(^|\.)position_ids$")]
     unexpected = [key for key in unexpected if not any(p.search(key) for p in ignored)]
     mismatched = [
         f"{name} is {list(files[key].shape)} in the files, {list(state[name].shape)} in the model"
-        for name, key in plan.direct.items()
+        for name, key in origins.direct.items()
         if files[key].shape != tuple(state[name].shape)
     ]
     if unexpected and not strict:
-        logger.info("%s: %d tensors are left out: %s", path, len(unexpected), _listed(unexpected))
+        logger.info("%s: %d tensors are left out: %s", path, len(unexpected), and_more(unexpected))
         unexpected = []
     problems = [
-        f"{title}: {_listed(names)}"
+        f"{title}: {and_more(names)}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched))
         if names
     ]
@@ -300,16 +281,6 @@ def _targets(conversion: _Conversion) -> list[str]:
     """Names that a conversion yields; the first of its patterns occurs in ``target``, the others take its place."""
     patterns = conversion.converter.target_patterns
     return [conversion.target.replace(patterns[0], pattern) for pattern in patterns]
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Join the first few names."""
-    names = list(names)
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-# --- Filling ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -346,14 +317,14 @@ def load_weights(
         plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
         with _EmptyOnMeta():
             reference = cast(Any, plain_class)._from_config(deepcopy(model.config))
-        plan = _plan(_parameters_to_meta(reference), files, path, strict)
+        origins = _origins(_parameters_to_meta(reference), files, path, strict)
         _materialize(model, torch.device(device), torch.device(buffer_device or device))
         targets = _unfilled(model)
-        for name, key in plan.direct.items():
+        for name, key in origins.direct.items():
             for tensor in targets.pop(name, ()):
                 local, offsets = local_block(tensor)
                 files.read_into(key, local, offsets)
-        _fill_converted(plan.conversions, targets, files, reference, path)
+        _fill_converted(origins.conversions, targets, files, reference, path)
         assert not targets, f"not filled: {sorted(targets)}"
         return files.bytes_read
     finally:
@@ -364,7 +335,7 @@ def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.de
     """Replace meta tensors by uninitialised ones on ``device``, move buffers, and tie again what was tied."""
     lost = [name for name, buffer in _non_persistent_buffers(model) if buffer.is_meta]
     if lost:
-        raise ModelError(f"{type(model).__name__}: buffers {_listed(lost)} are in no file and cannot be recomputed.")
+        raise ModelError(f"{type(model).__name__}: buffers {and_more(lost)} are in no file and cannot be recomputed.")
     groups = tied_groups(model)
 
     def place(tensor: Tensor) -> Tensor:
@@ -416,10 +387,7 @@ def _fill_converted(
         for name, value in converter.convert(conversion.target, model=reference, config=reference.config).items():
             whole = value[0] if isinstance(value, list) else value
             for tensor in targets.pop(name, ()):
-                _require_shape(tensor, whole, f"{path}: {name}")
+                if tensor.shape != whole.shape:
+                    shapes = f"{list(whole.shape)}, the model's is {list(tensor.shape)}"
+                    raise ModelError(f"{path}: {name} is {shapes}.")
                 copy_own_part(tensor, whole)
-
-
-def _require_shape(tensor: Tensor, whole: Tensor, where: str) -> None:
-    if tensor.shape != whole.shape:
-        raise ModelError(f"{where} is {list(whole.shape)}, the model's is {list(tensor.shape)}.")

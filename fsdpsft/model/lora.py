@@ -1,8 +1,8 @@
-"""Low-rank adapters, put into the model in place by peft, filled, merged and written by rules of our own.
+"""Low-rank adapters: peft puts them into the model, this module fills, merges and writes them.
 
-``apply_lora`` changes the module tree of a meta model; ``loading.load_weights`` fills the base; ``fill_adapters`` gives
+``apply_lora`` changes the module tree of a meta model; ``load.load_weights`` fills the base; ``fill_adapters`` gives
 the adapters their first values, the same on any number of processes. ``merged_state`` and ``adapter_state`` yield full
-tensors one at a time, so that no process gathers more than one layer.
+tensors one at a time, so no process gathers more than one layer.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. rsLoRA: https://arxiv.org/abs/2312.03732.
 DoRA: https://arxiv.org/abs/2402.09353.
@@ -14,14 +14,13 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,7 +37,7 @@ from fsdpsft.checkpoint.parameters import (
     without_wrappers,
 )
 from fsdpsft.checkpoint.safetensors_read import TensorFiles
-from fsdpsft.errors import ConfigError, ModelError
+from fsdpsft.errors import ConfigError, ModelError, and_more
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _ADAPTER = "default"  # peft's name for the only adapter
 _PREFIX = "base_model.model."  # of every name in peft's files
+_UNSUPPORTED = ("bias", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
+                "layers_to_transform")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,8 @@ class LoraSettings:
     use_dora: bool = False
 
 
-# --- Putting adapters in ------------------------------------------------------------------------------------------
-
-
 def apply_lora(causal_lm: PreTrainedModel, settings: LoraSettings, adapter_path: Path | None = None) -> None:
-    """Put adapters into ``causal_lm`` in place and freeze everything else; its class and forward stay what they are.
+    """Put adapters into ``causal_lm`` in place and freeze everything else; its class stays what it is.
 
     Meant for a meta model, before sharding and loading. Adapters and ``modules_to_save`` are float32, whatever the
     base's dtype. Where input and output embeddings are tied, training either trains both, still tied.
@@ -84,10 +82,10 @@ def apply_lora(causal_lm: PreTrainedModel, settings: LoraSettings, adapter_path:
     Args:
         causal_lm: the model, quantised ones excepted.
         settings: the user's choices.
-        adapter_path: folder of an adapter to go on from; its own configuration then decides (``dropout`` excepted).
+        adapter_path: folder of an adapter to start from; its own configuration then decides (``dropout`` excepted).
 
     Raises:
-        ConfigError: a rank that is not positive, or a name that matches no module (those there are get listed).
+        ConfigError: a rank that is not positive, or a name that matches no module (the message lists those there are).
         ModelError: a quantised base, an adapter folder that cannot be used, or modules LoRA cannot be put on.
     """
     if getattr(causal_lm.config, "quantization_config", None) is not None:
@@ -100,25 +98,18 @@ def apply_lora(causal_lm: PreTrainedModel, settings: LoraSettings, adapter_path:
         raise ModelError(f"LoRA cannot be applied to {type(causal_lm).__name__}: {error}") from error
     _check_injected(causal_lm, tied=bool(ties))
     _retype_trainable(causal_lm)
-    for module in causal_lm.modules():
-        if isinstance(module, LoraLinear) and not module.lora_variant:  # DoRA is one
-            module.forward = _adapted(module)
 
 
 def _new_config(causal_lm: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
     """Check the settings against the model and put them into peft's terms."""
     if settings.rank <= 0:
         raise ConfigError(f"model.lora_rank={settings.rank} must be positive to use LoRA.")
-    modules = dict(causal_lm.named_modules())
-    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
-    targets = settings.target_modules
-    if targets == ALL_LINEAR:
-        targets = _all_linear(causal_lm)
-    _check_names("model.target_modules", targets, linear)
-    if settings.exclude_modules:
-        _check_names("model.exclude_modules", settings.exclude_modules, list(modules))
-    _check_names("model.modules_to_save", settings.modules_to_save, list(modules))
-    # full names, because peft takes any module whose name merely ends in the given letters ("norm": "layernorm" too)
+    modules = [name for name, _ in causal_lm.named_modules()]
+    targets = _all_linear(causal_lm) if settings.target_modules == ALL_LINEAR else settings.target_modules
+    _check_names("model.target_modules", targets, _linear_modules(causal_lm))
+    _check_names("model.exclude_modules", settings.exclude_modules or (), modules)
+    _check_names("model.modules_to_save", settings.modules_to_save, modules)
+    # Full names: peft takes any module whose name merely ends in the given letters ("norm": "layernorm" too).
     saved = [name for name in modules if any(_is_named(name, wanted) for wanted in settings.modules_to_save)]
     embeddings = {name.rpartition(".")[0] for group in tied_groups(causal_lm) for name in group}
     return LoraConfig(
@@ -128,11 +119,15 @@ def _new_config(causal_lm: PreTrainedModel, settings: LoraSettings) -> LoraConfi
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=settings.exclude_modules or None,
-        modules_to_save=list(saved) or None,
+        modules_to_save=saved or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         ensure_weight_tying=bool(embeddings & set(saved)),
     )
+
+
+def _linear_modules(causal_lm: PreTrainedModel) -> list[str]:
+    return [name for name, module in causal_lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def _all_linear(causal_lm: PreTrainedModel) -> list[str]:
@@ -141,11 +136,8 @@ def _all_linear(causal_lm: PreTrainedModel) -> list[str]:
     peft's own "all-linear" goes beyond them in mixtures of experts (routers, stacked experts), depending on the family.
     """
     head = causal_lm.get_output_embeddings()
-    wanted: set[str] = set()
-    others: set[str] = set()
-    for name, module in causal_lm.named_modules():
-        (wanted if isinstance(module, (nn.Linear, Conv1D)) and module is not head else others).add(name)
-    clashing = {_leaf(name) for name in others}
+    wanted = {name for name in _linear_modules(causal_lm) if causal_lm.get_submodule(name) is not head}
+    clashing = {_leaf(name) for name, _ in causal_lm.named_modules() if name not in wanted}
     if any(parameter.ndim > 2 for parameter in causal_lm.parameters()):
         logger.warning("LoRA adapts linear modules; stacked experts stay frozen.")
     return sorted({name if _leaf(name) in clashing else _leaf(name) for name in wanted})
@@ -179,18 +171,14 @@ def _check_names(key: str, wanted: str | Sequence[str], names: list[str]) -> Non
 
 
 def _read_config(folder: Path, settings: LoraSettings) -> LoraConfig:
-    """Read the configuration of an existing adapter and refuse what the rest of this module does not do."""
+    """Read the configuration of an existing adapter; refuse what this module cannot fill, merge or write."""
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_FILE).is_file():
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:20]) if folder.is_dir() else "no such folder"
         raise ModelError(f"{folder} is not an adapter: it needs {ADAPTER_CONFIG} and {ADAPTER_FILE}. Found: {found}.")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be trained on.")
-    plain = {"bias": "none", "lora_bias": False, "target_parameters": None, "trainable_token_indices": None,
-             "layer_replication": None, "layers_to_transform": None}  # fmt: skip
-    odd = [
-        f"{name}={getattr(config, name)}" for name, value in plain.items() if (getattr(config, name) or value) != value
-    ]
+    odd = [f"{name}={value}" for name in _UNSUPPORTED if (value := getattr(config, name)) and value != "none"]
     if odd:
         raise ModelError(f"{folder}: adapters with {', '.join(odd)} are not supported.")
     if settings.rank not in (0, config.r):
@@ -201,27 +189,22 @@ def _read_config(folder: Path, settings: LoraSettings) -> LoraConfig:
 
 
 def _check_injected(causal_lm: PreTrainedModel, tied: bool) -> None:
-    """Refuse what peft did in a way that could not be trained, merged or exported right."""
+    """Refuse what peft did that could not be trained, merged or exported correctly."""
     for name, module in causal_lm.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
-            kind = type(module.get_base_layer()).__name__
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)) or _ADAPTER not in module.lora_A:
+            kind = type(base).__name__
             raise ModelError(f"LoRA on {name} ({kind}) is not supported; put it into model.modules_to_save instead.")
-        if isinstance(module, LoraLayer) and _ADAPTER not in module.lora_A:
-            raise ModelError(f"LoRA on {name} ({type(module).__name__}) is not supported.")
     head = causal_lm.get_output_embeddings()
     if isinstance(head, LoraLayer):
         raise ModelError("LoRA cannot be put on the head; put it into model.modules_to_save to train it whole.")
     if tied and causal_lm.get_input_embeddings().weight is not head.weight:
         raise ModelError(
-            f"{type(causal_lm).__name__} ties its head to its embeddings, and peft cannot train "
-            f"{hf_name(_name_of(causal_lm, head))} without breaking the tie. Leave it out of model.modules_to_save."
+            f"{type(causal_lm).__name__} ties its head to its embeddings, and peft cannot train one of them without "
+            "breaking the tie. Leave both out of model.modules_to_save."
         )
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """Dotted name of a module."""
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(wanted)]
 
 
 def _retype_trainable(causal_lm: PreTrainedModel) -> None:
@@ -236,28 +219,6 @@ def _retype_trainable(causal_lm: PreTrainedModel) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(causal_lm.get_submodule(parent), leaf, nn.Parameter(data))
     retie(causal_lm, groups)
-
-
-def _adapted(layer: Any) -> Callable[[Tensor], Tensor]:
-    """``W x + B (s A x)``, where peft computes ``W x + s (B (A x))``.
-
-    Scaled where it is ``rank`` wide, and added by the product itself, an update costs no pass over the layer's output
-    of its own; peft's takes two forward and one backward (7 to 9 % of a 7B's step on a GPU, by their bytes).
-    """
-    plain = layer.forward
-
-    def forward(x: Tensor) -> Tensor:
-        down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER].weight
-        if x.dtype != down.weight.dtype:
-            return plain(x)  # type: ignore[no-any-return]  # which casts
-        base: Tensor = layer.base_layer(x)
-        narrow = down(layer.lora_dropout[_ADAPTER](x)) * layer.scaling[_ADAPTER]
-        return torch.addmm(base.flatten(0, -2), narrow.flatten(0, -2), up.t()).view_as(base)
-
-    return forward
-
-
-# --- First values -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -282,7 +243,7 @@ def fill_adapters(causal_lm: PreTrainedModel, *, seed: int, adapter_path: Path |
             copy_own_part(parameter, _initial_a(parameter.shape, f"{seed}:{peft_name(name)}"))
         else:
             layer = causal_lm.get_submodule(name.partition(".lora_magnitude_vector.")[0])
-            copy_own_part(parameter, full(_base_weight(layer)).float().norm(dim=_row_dim(layer)))
+            copy_own_part(parameter, full(layer.get_base_layer().weight).float().norm(dim=_row_dim(layer)))
 
 
 def _initial_a(shape: torch.Size, key: str) -> Tensor:
@@ -304,15 +265,11 @@ def _read_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
         if name in files and files[name].shape != tuple(p.shape)
     ]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ModelError(f"{folder / ADAPTER_FILE} does not fit the model: {'; '.join(problems[:8])}{more}.")
+        raise ModelError(f"{folder / ADAPTER_FILE} does not fit the model: {and_more(problems)}.")
     for name, parameter in wanted.items():
         local, offsets = local_block(parameter)
         files.read_into(name, local, offsets)
     files.close()
-
-
-# --- Out again ----------------------------------------------------------------------------------------------------
 
 
 def peft_name(name: str) -> str:
@@ -320,11 +277,6 @@ def peft_name(name: str) -> str:
     name = without_wrappers(name).replace(f".modules_to_save.{_ADAPTER}.", ".")
     name = name.replace(f".lora_magnitude_vector.{_ADAPTER}.weight", ".lora_magnitude_vector")
     return _PREFIX + name.replace(f".{_ADAPTER}.weight", ".weight")
-
-
-def has_lora(causal_lm: nn.Module) -> bool:
-    """Whether ``apply_lora`` was used on this model."""
-    return any(isinstance(module, LoraLayer) for module in causal_lm.modules())
 
 
 @torch.no_grad()
@@ -371,7 +323,7 @@ def merged_state(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _merged_weight(layer: Any) -> Tensor:
     """W + s B A, and with DoRA each row brought to its learned length; float32."""
-    weight: Tensor = full(_base_weight(layer)).float()
+    weight: Tensor = full(layer.get_base_layer().weight).float()
     down, up = full(layer.lora_A[_ADAPTER].weight).float(), full(layer.lora_B[_ADAPTER].weight).float()
     update = layer.scaling[_ADAPTER] * (up @ down)
     merged: Tensor = weight + (update.T if _row_dim(layer) == 0 else update)
@@ -380,11 +332,6 @@ def _merged_weight(layer: Any) -> Tensor:
         magnitudes = full(layer.lora_magnitude_vector[_ADAPTER].weight).float()
         merged = merged * (magnitudes.view_as(lengths) / lengths)
     return merged
-
-
-def _base_weight(layer: Any) -> Tensor:
-    """The frozen weight under a LoRA layer."""
-    return cast(Tensor, layer.get_base_layer().weight)
 
 
 def _row_dim(layer: Any) -> int:

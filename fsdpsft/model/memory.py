@@ -32,12 +32,14 @@ class Work:
         max_length: longest document in tokens; None: not known.
         token_budget: most tokens that one process has in a forward pass; None: not known.
         moments: dtype of AdamW's moments.
+        steps: optimiser steps of the run.
     """
 
     packed: bool = True
     max_length: int | None = None
     token_budget: int | None = None
     moments: torch.dtype = torch.float32
+    steps: int = 0
 
 
 def states(

@@ -205,7 +205,7 @@ def _plainest(settings: ModelConfig) -> ModelConfig:
     fsdp = replace(settings.fsdp_config, model_dtype="float32", reduce_dtype="float32", offload_params=False)
     return replace(
         settings, fsdp_config=fsdp, dtype="float32", attn_implementation="sdpa", enable_gradient_checkpointing="none",
-        activation_offload=False, mlp_tiles=1, use_liger=False, compile=False, lora_rank=0,
+        activation_offload=False, mlp_tiles=1, use_liger=False, compile="false", lora_rank=0,
         lora_adapter_path=None,
     )  # fmt: skip
 

@@ -169,7 +169,7 @@ def test_each_half_is_recomputed_when_its_own_turn_comes():
     assert backward.index("mlp.gate_proj back") < backward.index("self_attn.q_proj")
 
 
-def test_with_adapters_selective_repeats_no_product():
+def test_with_adapters_selective_repeats_only_narrow_products():
     results = {}
     for mode in ("none", "selective"):
         model = build()
@@ -185,7 +185,7 @@ def test_with_adapters_selective_repeats_no_product():
     (states, gradients, counts), (expected_states, expected, least) = results["selective"], results["none"]
     assert torch.equal(states, expected_states)
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    assert counts["mm"] == least["mm"]
+    assert counts["mm"] == least["mm"] + 2 * 3  # of query, gate and up, what adapters add: products of 4 terms
 
 
 def count_calls(model: nn.Module, kind: str) -> list[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 
 from fsdpsft.batch import Sample, pack
 from fsdpsft.errors import ConfigError, ModelError
+from fsdpsft.model import attention_backends
 from fsdpsft.model.attention import (
     IMPLEMENTATION,
     AttentionContext,
@@ -26,7 +31,9 @@ from fsdpsft.model.attention_backends import (
     attend_flex,
     attend_sdpa,
     attend_varlen,
+    attend_varlen_repeated,
     choose_backend,
+    disagreement,
     objections,
     requirements,
 )
@@ -88,12 +95,21 @@ def test_sdpa_equals_attention_written_out(name, kv_heads):
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "window", "softcap", "window+softcap"])
-def test_flex_equals_sdpa(name):
+@pytest.mark.parametrize("name", SPECS)
+def test_flex_equals_sdpa(name, monkeypatch):
+    """Forward and backward, by the unfused formula that torch has for the CPU, though it refuses gradients there."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
     seqlens = (5, 1, 130, 7)
-    qkv = random_qkv(4, 2, sum(seqlens), dtype=torch.float32)
-    found, expected = (attend(*qkv, SPECS[name], context_of(seqlens)) for attend in (attend_flex, attend_sdpa))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    leaves = [x.requires_grad_() for x in random_qkv(4, 2, sum(seqlens), dtype=torch.float32)]
+    spec = SPECS[name]
+    if spec.sinks is not None:
+        spec = replace(spec, sinks=spec.sinks.float().requires_grad_())
+        leaves.append(spec.sinks)
+    found, expected = [], []
+    for attend, results in ((attend_flex, found), (attend_sdpa, expected)):
+        output = attend(*leaves[:3], spec, context_of(seqlens))
+        results += [output, *torch.autograd.grad(output.square().sum(), leaves)]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_flex_makes_its_mask_once_a_batch_and_window():
@@ -122,39 +138,30 @@ def test_value_heads_may_differ_in_size():
     )
 
 
-@pytest.mark.parametrize("generation", ["2.10", "2.13"])
-def test_varlen_is_called_as_each_torch_version_wants(generation, monkeypatch):
-    """The kernel needs CUDA; a stand-in with each version's signature computes the same on CPU."""
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("attend", [attend_varlen, attend_varlen_repeated])
+def test_varlen_is_called_as_each_torch_version_wants(flag, attend, monkeypatch):
+    """Torch 2.11 has no flag for grouped heads; a stand-in with each version's signature computes the same on CPU."""
     heard = {}
 
-    def run(q, k, v, bounds, longest, scale, window):
-        heard.update(longest=longest, bounds=bounds.tolist())
-        spec = AttentionSpec(scale, None if window[0] < 0 else window[0] + 1)
-        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        heard.update(longest=max_q, bounds=cu_seq_q.tolist(), heads=key.shape[1], enable_gqa=enable_gqa)
+        assert window_size[1] == 0
+        spec = AttentionSpec(scale, None if window_size[0] < 0 else window_size[0] + 1)
+        rows = [x.transpose(0, 1)[None] for x in (query, key, value)]
         return attend_sdpa(*rows, spec, context_of((4, 5)))[0].transpose(0, 1)
 
-    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        assert is_causal
-        assert key.shape[1] == query.shape[1]
-        return run(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5, (-1, 0))
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
-    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        assert enable_gqa
-        assert window_size[1] == 0
-        return run(query, key, value, cu_seq_q, max_q, scale, window_size)
-
-    function = {"2.10": old, "2.13": new}[generation]
-    import inspect
-
-    from fsdpsft.model import attention_backends
-
-    known = frozenset(inspect.signature(function).parameters)
-    monkeypatch.setattr(attention_backends, "_torch_varlen", lambda: (function, known))
+    monkeypatch.setattr(attention_backends, "varlen_attn", new if flag else old)
+    monkeypatch.setattr(attention_backends, "_VARLEN_OPTIONS", {"enable_gqa": True} if flag else {})
     q, k, v = random_qkv(4, 2, 9)
-    for spec in [SPECS["plain"]] + ([SPECS["window"]] if generation == "2.13" else []):
-        found = attend_varlen(q, k, v, spec, context_of((4, 5)))
+    for spec in (SPECS["plain"], SPECS["window"]):
+        found = attend(q, k, v, spec, context_of((4, 5)))
         torch.testing.assert_close(found[0], written_out(q[0], k[0], v[0], spec, (4, 5)), atol=1e-12, rtol=0)
-    assert heard == {"longest": 5, "bounds": [0, 4, 9]}
+    heads = 2 if attend is attend_varlen else 4
+    assert heard == {"longest": 5, "bounds": [0, 4, 9], "heads": heads, "enable_gqa": flag}
 
 
 def family(name: str, **changes):
@@ -336,12 +343,9 @@ def test_dropout_drops_the_share_asked_for_and_scales_up_the_rest(softcap):
     torch.testing.assert_close(draws.mean(0), expected, atol=0.06, rtol=0)
 
 
-def test_kernels_without_dropout_refuse_it_by_name(monkeypatch):
-    from fsdpsft.model import attention_backends
-
+def test_kernels_without_dropout_refuse_it_by_name():
     assert requirements(tiny_model("gpt2", head_dim=None), "cpu", torch.float32).features >= {"dropout"}  # attn_pdrop
     q, k, v = random_qkv(4, 2, 9)
-    monkeypatch.setattr(attention_backends, "_torch_varlen", lambda: (None.__class__, frozenset()))
     for attend, name in ((attend_flex, "flex"), (attend_varlen, "varlen")):
         with pytest.raises(ConfigError, match=f"{name} has no dropout, and a layer of this model asks for 0.1"):
             attend(q, k, v, AttentionSpec(1.0, dropout=0.1), context_of((9,)))
@@ -349,14 +353,18 @@ def test_kernels_without_dropout_refuse_it_by_name(monkeypatch):
         assert "it has no dropout" in objections(name, needs("dropout", device="cuda", dtype=torch.bfloat16))
 
 
+def believed(attend, needs):
+    """In place of the proof, for there is no CUDA device."""
+
+
 def test_choice_of_backend():
     assert choose_backend("auto", needs("gqa", "softcap", "sinks")) is BACKENDS["sdpa"]
-    assert choose_backend("flex", needs("gqa", device="cuda")) is BACKENDS["flex"]
+    assert choose_backend("flex", needs("gqa", "sinks", device="cuda"), believed) is BACKENDS["flex"]
     with pytest.raises(ConfigError, match="flash_attention_9 is not known"):
         choose_backend("flash_attention_9", needs())
-    with pytest.raises(ConfigError, match="flex cannot be used: it has no sinks"):
-        choose_backend("flex", needs("sinks", device="cuda"))
-    with pytest.raises(ConfigError, match=r"varlen cannot be used: it runs on \['cuda'\], not cpu"):
+    with pytest.raises(ConfigError, match="flex cannot be used: flex: it has no dropout"):
+        choose_backend("flex", needs("dropout", device="cuda"), believed)
+    with pytest.raises(ConfigError, match=r"varlen cannot be used: varlen: it runs on \['cuda'\], not cpu"):
         choose_backend("varlen", needs())
 
 
@@ -374,6 +382,106 @@ def test_objections_name_each_reason():
 def test_on_a_gpu_auto_prefers_what_is_installed_and_exact():
     hopper = {"device": "cuda", "dtype": torch.bfloat16}
     installed = [name for name, backend in BACKENDS.items() if backend.missing() is None]
-    assert choose_backend("auto", needs("gqa", **hopper)) is BACKENDS[installed[0]]
-    assert choose_backend("auto", needs("sinks", **hopper)) is BACKENDS["sdpa"]
-    assert choose_backend("auto", needs("softcap", device="cuda")) is BACKENDS["sdpa"]
+    assert choose_backend("auto", needs("gqa", **hopper), believed) is BACKENDS[installed[0]]
+    assert choose_backend("auto", needs("sinks", **hopper), believed) is BACKENDS["flex"]
+    assert choose_backend("auto", needs("softcap", device="cuda"), believed) is BACKENDS["flex"]
+    assert choose_backend("auto", needs(device="cuda"), believed) is BACKENDS["sdpa"]  # float32 without either
+    assert choose_backend("auto", needs("dropout", "sinks", **hopper), believed) is BACKENDS["sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "flash-attn cannot be imported: .*flash_attn_varlen_func"),  # a folder and nothing in it
+        ("import torch_of_another_age", "flash-attn cannot be imported: No module named 'torch_of_another_age'"),
+        ("raise OSError('undefined symbol')", "flash-attn cannot be imported: undefined symbol"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_passed_over(content, reason, tmp_path, monkeypatch, caplog):
+    (tmp_path / "flash_attn").mkdir()
+    if content:
+        (tmp_path / "flash_attn" / "__init__.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    ampere = needs(device="cuda", dtype=torch.bfloat16, capability=(8, 0))
+    with caplog.at_level("INFO"):
+        assert choose_backend("auto", ampere, believed) is BACKENDS["varlen"]
+    assert re.search(reason, caplog.text)
+    with pytest.raises(ConfigError, match=reason):
+        choose_backend("flash_attention_2", ampere, believed)
+    sys.modules.pop("flash_attn", None)
+
+
+# --- The proof on the run's device, here with the CPU as the device ------------------------------------------------
+
+
+def wrong_scale(q, k, v, spec, context):
+    return attend_sdpa(q, k, v, replace(spec, scaling=spec.scaling * 1.2), context)
+
+
+def wrong_window(q, k, v, spec, context):
+    return attend_sdpa(q, k, v, replace(spec, sliding_window=spec.sliding_window + 1), context)
+
+
+def wrong_heads(q, k, v, spec, context):
+    """Query head i with key head i modulo their number."""
+    return attend_sdpa(q, *(x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v)), spec, context)
+
+
+def wrong_documents(q, k, v, spec, context):
+    return attend_sdpa(q, k, v, spec, context_of((5, 131, 64)))
+
+
+def wrong_backward(q, k, v, spec, context):
+    return attend_sdpa(q, k.detach() * 0.5 + k * 0.5, v, spec, context)
+
+
+def no_sinks(q, k, v, spec, context):
+    return attend_sdpa(q, k, v, replace(spec, sinks=None), context) + 0 * spec.sinks.sum()
+
+
+def no_softcap(q, k, v, spec, context):
+    return attend_sdpa(q, k, v, replace(spec, softcap=None), context)
+
+
+def broken(q, k, v, spec, context):
+    raise ValueError("Expect query and key/value to have the same number of heads")
+
+
+EVERYTHING = ("gqa", "sliding_window", "sinks", "softcap")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrong", [wrong_scale, wrong_window, wrong_heads, wrong_documents, wrong_backward, no_sinks, no_softcap, broken]
+)
+def test_the_proof_sees_what_a_kernel_does_wrong(wrong, dtype):
+    assert disagreement(wrong, needs(*EVERYTHING, dtype=dtype, head_size=16))
+
+
+def test_the_proof_lets_rounding_pass():
+    def rounds(q, k, v, spec, context):
+        k, v = (x.repeat_interleave(4, dim=1) for x in (k, v))  # in bfloat16, where the reference has float32
+        output = [attention_backends._plain_formula(*(x[:, :, a:b] for x in (q, k, v)), spec)
+                  for a, b in itertools.pairwise(context.cu_seqlens.tolist())]  # fmt: skip
+        return torch.cat(output, dim=2)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert disagreement(rounds, needs(*EVERYTHING, dtype=dtype, head_size=64)) is None
+
+
+def test_a_kernel_that_fails_its_proof_gives_way(monkeypatch, caplog):
+    cpu = {"devices": frozenset({"cpu"}), "dtypes": frozenset({torch.float32}), "min_capability": (0, 0)}
+    monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], attend=broken, second=wrong_heads, **cpu))
+    with caplog.at_level("INFO"):
+        assert choose_backend("auto", needs("gqa", head_size=16)) is BACKENDS["sdpa"]
+    assert "not varlen: broken: ValueError: Expect query" in caplog.text
+    assert "wrong_heads: its output differs from attention by sdpa" in caplog.text
+    with pytest.raises(ConfigError, match="varlen cannot be used: varlen: broken: ValueError"):
+        choose_backend("varlen", needs("gqa", head_size=16))
+
+    def repeated(*given):
+        return attend_sdpa(*given)
+
+    monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], second=repeated))
+    assert choose_backend("auto", needs("gqa", head_size=16)).attend is repeated

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Pre
 
 from fsdpsft.checkpoint.parameters import full, tied_groups
 from fsdpsft.errors import ModelError
+from fsdpsft.model import load as load_module
 from fsdpsft.model.load import build_meta_model, load_model_config, load_tokenizer, load_weights, resolve_model_path
 from fsdpsft.testing import run_distributed, save_tiny_model, tiny_model
 
@@ -201,16 +202,17 @@ def test_model_paths(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a file"):
         resolve_model_path(str(tmp_path / "notes.txt"))
     for name in ("nobody/no-such-model", str(tmp_path / "missing" / "model")):
-        with pytest.raises(ModelError, match=r"no folder of this name .* as a Hub id it could not be fetched"):
+        with pytest.raises(ModelError, match=r"no folder of this name .* as a Hub id it could not be downloaded"):
             resolve_model_path(name)
 
 
-@pytest.mark.parametrize("leader", [True, False])
-def test_a_failed_fetch_leaves_nobody_waiting(leader: bool) -> None:
-    arrived: list[str] = []
-    with pytest.raises(ModelError):
-        resolve_model_path("nobody/no-such-model", node_leader=leader, wait_for_leader=lambda: arrived.append("here"))
-    assert arrived == ["here"]
+def test_every_process_may_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None looks in the cache alone: it would not find what another has not finished."""
+    asked: list[dict[str, Any]] = []
+    folder = save_tiny_model(tmp_path)
+    monkeypatch.setattr(load_module, "snapshot_download", lambda repo, **options: asked.append(options) or folder)
+    assert resolve_model_path("somebody/some-model") == folder
+    assert asked == [{"allow_patterns": list(load_module.ALLOWED_FILES)}]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,13 @@ def test_models_refused_by_name(tmp_path: Path, changes: dict[str, Any], message
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ModelError, match=message):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "null"])
+def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json is no JSON object"):
         load_model_config(tmp_path)
 
 
