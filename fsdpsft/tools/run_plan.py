@@ -116,10 +116,7 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
         check_world(world, sp, config.model.fsdp_config.replicate_size)
     loader = make_loader(config, data.train, data, virtual_mesh(sp, sp))
     total_steps = t.total_training_steps or t.total_epochs * len(loader)
-    schedule = build_schedule(
-        o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
-        decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,
-    )  # fmt: skip
+    schedule = build_schedule(o, total_steps)
     worlds = sorted({*gpus, *(world for world in VIRTUAL_RANKS if world % sp == 0)})
     steps = _spread(total_steps, _MEASURED_STEPS)
     balances = tuple(
