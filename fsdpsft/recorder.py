@@ -35,8 +35,8 @@ class StepStats:
 class HostCopy:
     """A step's numbers on their way to the host.
 
-    From a GPU they are copied to page-locked memory, and an event marks the end of the copy: reading waits for that, not
-    for the steps launched since. On a CPU they are copied at once.
+    From a GPU they are copied to page-locked memory, and an event marks the end of the copy: reading waits for that
+    alone, not for the steps launched since. On a CPU they are copied at once.
 
     Attributes:
         arrived: the event; None on a CPU, where the step is over by now.
@@ -51,7 +51,7 @@ class HostCopy:
         if losses.is_cuda:
             values, self._values = self._values, torch.empty(1 + len(losses), dtype=losses.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self.arrived = torch.cuda.Event()
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.arrived.record()
 
     def read(self) -> tuple[float, float, list[float]]:
