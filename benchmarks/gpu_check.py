@@ -27,7 +27,6 @@ from pathlib import Path
 NEEDED = {
     "torch": "torch", "transformers": "transformers", "peft": "peft", "pyarrow": "pyarrow", "hydra": "hydra-core",
     "omegaconf": "omegaconf", "safetensors": "safetensors", "tqdm": "tqdm", "jinja2": "jinja2", "numpy": "numpy",
-    "filelock": "filelock",
 }  # fmt: skip
 """Import -> package, of all that the trainer cannot do without."""
 OPTIONAL = {

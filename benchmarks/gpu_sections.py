@@ -222,4 +222,4 @@ def run(options: argparse.Namespace, began: float) -> int:
         again = ["--only", *undone, "--add", "--out", str(out), "--minutes", f"{left:.2f}", "--device", options.device]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *again, *["--tiny"] * options.tiny])
-    return int(any(list(errors_in(check.results[name])) for name in names))
+    return int(bool(undone) or any(list(errors_in(check.results[name])) for name in names if name in check.results))

@@ -17,5 +17,7 @@ def test_segments_expand_where_the_user_has_set_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert choose_device("auto").type == "cuda"
-    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if theirs is None else {theirs: "max_split_size_mb:64"}
+    expected = (
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if theirs is None else {theirs: "max_split_size_mb:64"}
+    )
     assert environment == expected
