@@ -7,12 +7,14 @@ context (1 to 2 GiB) come on top.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
+from fsdpsft.checkpoint.pieces import pinned_bytes
 from fsdpsft.config.schema import Config
-from fsdpsft.errors import ConfigError
 from fsdpsft.loss import default_chunk
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.model.flops import flop_count
@@ -31,7 +33,7 @@ class Footprint:
     Attributes:
         parameters, trained_parameters: of the model, tied weights once.
         memory: what takes how many bytes on a GPU.
-        host_bytes: bytes in host memory for each GPU, with ``offload_params``.
+        host: what takes how many bytes of host memory for each GPU, page-locked memory as it is rounded up.
         flops: of the whole run, forward and backward; recomputation is not counted.
         gpu, mfu: the device and the share of its bfloat16 peak that the time assumes.
         seconds: of the whole run.
@@ -41,27 +43,19 @@ class Footprint:
     parameters: int
     trained_parameters: int
     memory: dict[str, float]
-    host_bytes: float
+    host: dict[str, float]
     flops: float
     gpu: str
     mfu: float
     seconds: float
-
-    @property
-    def total_bytes(self) -> float:
-        """All of ``memory``."""
-        return sum(self.memory.values())
 
 
 def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gpu: str, mfu: float) -> Footprint:
     """Estimate a run on ``gpus`` devices of a kind in ``metrics.PEAK_FLOPS``.
 
     Raises:
-        ConfigError: an unknown device.
         ModelError: a model that cannot be built.
     """
-    if gpu not in PEAK_FLOPS:
-        raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
     m = config.model
     compute = torch.bfloat16 if m.dtype == "auto" else resolve_dtype(m.dtype, torch.device("cpu"))
     module = SFTModel(adapted_model(data.model_path, m, compute, None), m.head_chunk_tokens)
@@ -70,13 +64,20 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     flops = flop_count(module)(plan.tokens, plan.trained_tokens, plan.squared_lengths)
     return Footprint(
-        gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), memory, host, flops, gpu, mfu,
-        flops / (gpus * PEAK_FLOPS[gpu] * mfu),
-    )  # fmt: skip
+        gpus=gpus,
+        parameters=sum(n for n, _ in sizes),
+        trained_parameters=sum(n for n, trained in sizes if trained),
+        memory=memory,
+        host=host,
+        flops=flops,
+        gpu=gpu,
+        mfu=mfu,
+        seconds=flops / (gpus * PEAK_FLOPS[gpu] * mfu),
+    )
 
 
-def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[dict[str, float], float]:
-    """Bytes of weights, gradients and optimiser on a GPU, and of those in host memory instead."""
+def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What takes how many bytes on a GPU, for weights, gradients and optimiser, and in host memory for each GPU."""
     fsdp = config.model.fsdp_config
     shards = gpus // fsdp.replicate_size
     state = torch.bfloat16.itemsize if config.optim.state_dtype == "bfloat16" else torch.float32.itemsize
@@ -93,9 +94,13 @@ def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[
         "gradients": trained_bytes / shards,
         "AdamW's moments": 2 * state * trained / shards,
     }
-    host = 0.0
-    if fsdp.offload_params and shards > 1:
-        host, memory = sum(memory.values()), {}
+    host: dict[str, float] = {}
+    if fsdp.offload_params:
+        locked = {"weights": parameters, "gradients": [p for p in parameters if p.requires_grad]}
+        host = {name: float(sum(_power_of_two(_local_bytes(p, shards)) for p in ps)) for name, ps in locked.items()}
+        host["AdamW's moments"], memory = memory["AdamW's moments"], {}
+    if config.trainer.async_save:
+        host["copies for saving in the background"] = float(pinned_bytes(_staged(parameters, shards, state, config)))
     if shards == 1:
         memory["copy in the compute dtype"] = float(compute * everything if stored > compute * everything else 0)
     else:
@@ -106,6 +111,25 @@ def _states(module: SFTModel, config: Config, gpus: int, compute: int) -> tuple[
         if fsdp.gradient_sync == "last":
             memory["gradients on their way"] = float(reduce * trained)
     return memory, host
+
+
+def _local_bytes(parameter: Tensor, shards: int, itemsize: int | None = None) -> int:
+    """Bytes of the rows that the fullest process keeps."""
+    rows = -(-len(parameter) // shards) if parameter.ndim else 1
+    return rows * parameter[:1].numel() * (itemsize or parameter.element_size())
+
+
+def _power_of_two(size: int) -> int:
+    """What torch's allocator of page-locked memory takes for one tensor, which is what FSDP's offloading uses."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _staged(parameters: list[nn.Parameter], shards: int, state: int, config: Config) -> Iterator[int]:
+    """Bytes of each tensor that a background save copies to the host: weights, and AdamW's moments."""
+    for parameter in parameters:
+        yield _local_bytes(parameter, shards)
+        if parameter.requires_grad and "state" in config.trainer.save_contents:
+            yield from [_local_bytes(parameter, shards, state)] * 2
 
 
 def _activations(module: SFTModel, config: Config, compute: int) -> dict[str, float]:
