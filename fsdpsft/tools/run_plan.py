@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,12 @@ def _balance(loader: Loader, world: int, steps: NDArray[np.int64]) -> RankBalanc
         planned.append(astuple(measure(plan, lengths, loader.attention_cost)))
         in_order.append(measure(in_order_plan(len(rows), loader.dp_size), lengths, loader.attention_cost))
         idle += sum(not any(rank) for rank in plan)
-    means: list[Any] = np.mean(planned, axis=0).tolist()
-    tokens, cost = (float(np.mean([getattr(balance, name) for balance in in_order])) for name in ("tokens", "cost"))
-    idle_gpus = idle / len(steps) * (world // loader.dp_size)
-    return RankBalance(*means, world, loader.dp_size, tokens, cost, idle_gpus)
+    means: dict[str, Any] = dict(zip((f.name for f in fields(Balance)), np.mean(planned, axis=0).tolist(), strict=True))
+    return RankBalance(
+        **means,
+        gpus=world,
+        dp_size=loader.dp_size,
+        in_order_tokens=float(np.mean([balance.tokens for balance in in_order])),
+        in_order_cost=float(np.mean([balance.cost for balance in in_order])),
+        idle=idle / len(steps) * (world // loader.dp_size),
+    )
