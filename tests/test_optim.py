@@ -10,6 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fsdpsft import optim
 from fsdpsft.optim import (
@@ -21,7 +23,7 @@ from fsdpsft.optim import (
     parameter_groups,
     set_lr,
 )
-from fsdpsft.testing import tiny_model
+from fsdpsft.testing import run_distributed, tiny_model
 from tests.parity.reference import SlowAdamW
 
 
@@ -133,6 +135,36 @@ def test_an_update_in_pieces_is_the_update(monkeypatch: pytest.MonkeyPatch, shap
     monkeypatch.setattr(optim, "_adamw_update", lambda ts, *rest: updates.append(ts[0].numel()) or update(ts, *rest))
     assert torch.equal(stepped(), whole)
     assert max(updates, default=0) <= 6 and sum(updates) == 3 * whole.numel()
+
+
+def test_a_bfloat16_weight_is_rounded_once_a_step() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4096).bfloat16()
+    parameter = nn.Parameter(weight.clone())
+    optimizer = MixedAdamW(
+        [{"params": [parameter], "weight_decay": 0.5}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32
+    )
+    parameter.grad = torch.randn(4096).bfloat16()
+    optimizer.step()
+    sign = parameter.grad.double().sign()  # the first step's update but for eps
+    exact = weight.double() * (1 - 1e-2 * 0.5) - 1e-2 * sign
+    once = exact.bfloat16()
+    twice = ((weight.double() * (1 - 1e-2 * 0.5)).bfloat16().double() - 1e-2 * sign).bfloat16()
+    assert (parameter != once).float().mean() < 1e-3 < 0.1 < (twice != once).float().mean()
+
+
+def clipped_on_two_processes() -> tuple[float, list[float]]:
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.tensor([3.0, 0.0, 0.0, 4.0]), mesh, [Shard(0)])
+    norm = clip_grad_norm([parameter], 1.0)
+    return norm.item(), parameter.grad.full_tensor().tolist()
+
+
+def test_clipping_goes_by_the_norm_over_all_processes() -> None:
+    for norm, gradient in run_distributed(clipped_on_two_processes, 2):
+        assert norm == pytest.approx(5.0)
+        assert gradient == pytest.approx([0.6, 0.0, 0.0, 0.8], rel=1e-5)
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
