@@ -11,16 +11,24 @@ DEMO   ?= demo
 # One measurement alone: bench_step, bench_head, bench_data, bench_load, bench_memory, bench_checkpoint and so on.
 BENCH  ?=
 BIN    := $(VENV)/bin
+# The oldest versions that are tested. PyPI's torch for Linux is the one with CUDA, 5 GB installed; for the small one:
+# make test-oldest OLDEST='torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu'
+OLDEST ?= torch==2.11.0
+OLDEST_VENV ?= .venv-oldest
+# Results and further arguments of gpu-check, and which mutants to try.
+RESULT  ?=
+GPU     ?=
+MUTANTS ?=
 
 # One thread a process: the tests and the demo start two processes on machines that may have two cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest lint format bench gpu-check clean
+.PHONY: help demo test pytest lint format bench gpu-check mutants test-oldest clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed  ## Train a small chat model on 2 processes and ask it questions it has never seen (5 minutes)
 	$(BIN)/python examples/arithmetic/demo.py $(DEMO)
@@ -43,8 +51,21 @@ format: $(VENV)/.installed-dev  ## Mend what ruff can mend
 bench: $(VENV)/.installed-dev  ## Measure speed and memory against other trainers (15 minutes), see benchmarks/
 	$(BIN)/python -m benchmarks$(if $(BENCH),.$(BENCH))
 
-gpu-check: $(VENV)/.installed  ## Correctness, speed and memory on one CUDA device (10 minutes)
-	$(BIN)/python -m benchmarks.gpu_check
+# With PYTHON named, that Python runs the check as it is: no virtual environment, no pip, no network.
+ifeq ($(origin PYTHON),file)
+gpu-check: $(VENV)/.installed
+CHECKER := $(BIN)/python
+else
+CHECKER := $(PYTHON)
+endif
+gpu-check:  ## Correctness, speed and memory on one CUDA device (8 minutes): PYTHON=... RESULT=file GPU=--add
+	$(CHECKER) -m benchmarks.gpu_check $(if $(RESULT),--out $(RESULT)) $(GPU)
+
+mutants: $(VENV)/.installed-dev  ## Put known bugs into a copy, one at a time; the nearest tests must fail (10 minutes)
+	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+test-oldest: $(OLDEST_VENV)/.installed-dev  ## The tests with the oldest torch and transformers that are supported
+	$(OLDEST_VENV)/bin/python -m pytest $(PYTEST)
 
 clean:  ## Remove the demo's files and caches; the virtual environment stays
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -60,4 +81,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -e '.[test,dev]'
+	@touch $@
+
+$(OLDEST_VENV)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install $(OLDEST)
+	$(OLDEST_VENV)/bin/python -m pip install transformers==5.17.0 -e '.[test]'
 	@touch $@

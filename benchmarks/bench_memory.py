@@ -29,7 +29,6 @@ from fsdpsft.batch import PackedBatch, Sample, pack
 from fsdpsft.distributed import activation_checkpoint
 from fsdpsft.distributed.mesh import keep_freed_memory
 from fsdpsft.distributed.ulysses import shard
-from fsdpsft.model import block_parts
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
 from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks
@@ -47,16 +46,13 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    "mode": "none", "offload": False, "mlp_tiles": 1, "head_chunk_tokens": 128, "units": "as trained",
+    "mode": "none", "offload": False, "mlp_tiles": 1, "head_chunk_tokens": 128,
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"mode": "selective"},
-    "selective, whole blocks": {"mode": "selective", "units": "blocks"},
     "full": {"mode": "full"},
-    "full, attention and MLP apart": {"mode": "full", "units": "parts"},
     "full + offload": {"mode": "full", "offload": True},
-    "full, whole blocks + offload": {"mode": "full", "offload": True, "units": "blocks"},
     "none + 8 MLP tiles": {"mlp_tiles": 8},
     "selective + 8 MLP tiles": {"mode": "selective", "mlp_tiles": 8},
     "full + 8 MLP tiles": {"mode": "full", "mlp_tiles": 8},
@@ -86,13 +82,7 @@ class Variant:
         causal_lm = tiny_model("qwen2", **shape)
         causal_lm.set_attn_implementation(IMPLEMENTATION)
         self.model = SFTModel(causal_lm, chosen.pop("head_chunk_tokens")).train()
-        units = decoder_blocks(causal_lm)
-        how = chosen.pop("units")
-        if how == "as trained":
-            chosen["split"] = block_parts.split
-        elif how == "parts":
-            units = [part for block in units for part in block_parts.split(block) or [block]]
-        activation_checkpoint.apply(units, **chosen)
+        activation_checkpoint.apply(decoder_blocks(causal_lm), activation_checkpoint.Recomputation(**chosen))
         local = shard(batch, 0, 1)
         context = AttentionContext.of(batch, attend_sdpa)
         self.inputs = ModelInput(
@@ -115,14 +105,14 @@ class Variant:
     def measured(self) -> dict[str, Any]:
         """Peak memory of a step beyond weights and gradients, in MiB, the loss, and the median time."""
         moved: list[int] = []
-        send_out = activation_checkpoint.HostRest._pack
+        send_out = activation_checkpoint.HostOffload._pack
 
-        def uncounted(rest: activation_checkpoint.HostRest, tensor: Tensor) -> Any:
+        def uncounted(offload: activation_checkpoint.HostOffload, tensor: Tensor) -> Any:
             moved.append(tensor.numel() * tensor.element_size())
             with _disable_current_modes():
-                return send_out(rest, tensor)
+                return send_out(offload, tensor)
 
-        with patch.object(activation_checkpoint.HostRest, "_pack", uncounted), PeakMemory() as memory:
+        with patch.object(activation_checkpoint.HostOffload, "_pack", uncounted), PeakMemory() as memory:
             loss = self.step()
         return {
             "peak_beyond_gradients_mib": round(memory.peak / MIB, 1),

@@ -321,7 +321,6 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     "fsdpsft, full recomputation, head chunks of 128": lambda *a: run_ours(
         *a, "model.enable_gradient_checkpointing=full", "model.head_chunk_tokens=128"
     ),
-    "fsdpsft, no recomputation, whole last block": lambda *a: run_ours(*a, NO_RECOMPUTE, "model.trim_last_block=false"),
     "fsdpsft, no recomputation, padded": lambda folder, dtype, work, clock: run_ours(
         folder,
         dtype,

@@ -1,222 +1,46 @@
-"""Correctness, speed and memory on one CUDA GPU, in one command of under ten minutes, without a network.
+"""Correctness, speed and memory on one CUDA GPU, in one command of eight minutes, without a network.
 
-    python -m benchmarks.gpu_check                       # all sections, within --minutes
-    python -m benchmarks.gpu_check --only 7B --add       # one more, into the same file
+    python -m benchmarks.gpu_check                       # what matters most, within --minutes
+    python -m benchmarks.gpu_check --add                 # what is not yet in the file: 1.5B, 7B, the longest sequence
+    python -m benchmarks.gpu_check --only 7B --add       # one section more, into the same file
     python -m benchmarks.gpu_check --tiny --device cpu   # the same code on small shapes, to try it anywhere
 
-Sections: gate (every attention backend in bfloat16 against float32); ceiling (of the device itself); attention; head; a
-training step of 0.5B, 1.5B, 7B full and 7B LoRA on ragged chats, ours beside TRL's where it is installed; the longest
-sequence of 8B with LoRA. A failed gate stops the rest. Each section has its share of the time that is left and writes
-what it has as it gets it, so that a run that is cut short leaves its results. A kernel that leaves the device unusable
-costs its section: the rest goes on in a new process. Random weights throughout; operations are those that the data
-requires, causal.
+Sections: correct (gradients under each setting against none of them, offloading, saving and resuming, on saved tiny
+models); gate (every attention backend in bfloat16 against float32); ceiling (of the device itself); profile (one step
+of 0.5B and of 7B LoRA, kernel by kernel); attention; head; a training step on ragged chats, ours beside TRL's where it
+is installed; the longest sequence of 8B with LoRA.
+
+What is wrong or fails is a row of the results, and the rest goes on. A section has its share of the time that is left
+and writes what it has as it gets it, so that a run that is cut short leaves its results. A kernel that leaves the
+device unusable costs its section: the rest goes on in a new process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from benchmarks import gpu_kernels
-from benchmarks.common import RESULTS, environment, hardware_name
-from benchmarks.gpu_contenders import (
-    CLIP,
-    build_ours,
-    compare,
-    contenders,
-    missing_for_trl,
-    our_optimizer,
-    our_step,
-)
-from benchmarks.gpu_work import CASES, TINY_CASES, Check, StepCase, attempt
-from fsdpsft.batch import Sample
-from fsdpsft.train import train_step
-
-TARGETS = {"0.5B": (130_000, 0.41), "1.5B": (55_000, 0.53), "7B": (13_500, 0.59), "7B-LoRA": (18_000, 0.53)}
-"""Real tokens/s and share of 989 TFLOP/s on one H200."""
-TIMES_TRL, MEMORY_OF_TRL = 1.5, 1.0
-TITLES = {"0.5B": "0.5B full", "1.5B": "1.5B full", "7B": "7B full, bf16 states", "7B-LoRA": "7B LoRA"}
-LONGEST = "longest"
-
-Section = Callable[[Check], dict[str, Any]]
-
-
-# ------------------------------------------------------------------------------------------------------------ sections
-
-
-def steps(name: str, check: Check) -> dict[str, Any]:
-    """A training step of one configuration, by everybody who is here."""
-
-    def report(found: dict[str, Any]) -> None:
-        check.results[name] = found
-        check.save()
-
-    case = (TINY_CASES if check.tiny else CASES)[name]
-    found = compare(check, case, contenders(check, case, ablation=name == "0.5B"), report)
-    missing = missing_for_trl()
-    return {**found, "TRL": f"not installed: {', '.join(missing)}"} if missing else found
-
-
-def longest(check: Check) -> dict[str, Any]:
-    """The longest single sequence of an 8B model with LoRA that trains, in doublings, as far as memory and time go.
-
-    Attention's time grows with the square, so on a large device time ends first; the memory of the two longest that
-    ran then tells how long a sequence would fit, as both activations and their copies grow linearly.
-    """
-    case = StepCase("tiny" if check.tiny else "8B", lora_rank=4 if check.tiny else 16)
-    model = build_ours(check, case, recompute="full", mlp_tiles=8)
-    optimizer = our_optimizer(case, model)
-    found: dict[str, Any] = {}
-    seconds, shortest, doublings = 0.0, 128 if check.tiny else 16384, 3 if check.tiny else 7
-    for length in (shortest << doubled for doubled in range(doublings)):
-        if check.seconds_left < 5 * seconds:
-            found["ended by"] = "time"
-            break
-        check.free()
-        found[str(length)] = attempt(partial(_one_sequence, check, model, optimizer, case.vocabulary, length))
-        check.results[LONGEST] = found
-        check.save()
-        if "error" in found[str(length)]:
-            found["ended by"] = "memory" if "OutOfMemory" in found[str(length)]["error"] else "an error"
-            break
-        seconds = found[str(length)]["seconds"]
-    return {**found, **longest_that_fits(found, check.device)}
-
-
-def _one_sequence(check: Check, model: Any, optimizer: Any, vocabulary: int, length: int) -> dict[str, Any]:
-    ids = np.random.default_rng(0).integers(3, vocabulary, length).astype(np.uint32)
-    row = Sample(ids, (np.arange(length) > 0.65 * length).astype(np.float32), 0)
-    step = our_step(check, [row], [[0]])
-    check.wait()
-    start = time.perf_counter()
-    stats = train_step(model, optimizer, step, CLIP)
-    loss = float(stats.losses[0])
-    seconds = time.perf_counter() - start
-    if not np.isfinite(loss):
-        raise ValueError(f"the loss is {loss}")
-    return {"seconds": seconds, "tokens_per_s": length / seconds, "peak_gib": check.peak_gib(), "loss": loss}
-
-
-def longest_that_fits(found: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The longest that ran, and on a GPU the straight line through the memory of the last two."""
-    ran = sorted(int(key) for key, row in found.items() if key.isdigit() and "error" not in row)
-    result: dict[str, Any] = {"trained": ran[-1] if ran else None}
-    if device.type != "cuda" or len(ran) < 2:
-        return result
-    (short, low), (long, high) = ((length, found[str(length)]["peak_gib"]) for length in ran[-2:])
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30
-    slope = (high - low) / (long - short)
-    return {**result, "would fit by memory (extrapolated)": int(long + (0.95 * total - high) / slope)}
-
-
-SECTIONS: dict[str, Section] = {
-    "gate": gpu_kernels.gate, "ceiling": gpu_kernels.ceiling, "attention": gpu_kernels.attention,
-    "head": gpu_kernels.head, **{name: partial(steps, name) for name in CASES}, LONGEST: longest,
+NEEDED = {
+    "torch": "torch", "transformers": "transformers", "peft": "peft", "pyarrow": "pyarrow", "hydra": "hydra-core",
+    "omegaconf": "omegaconf", "safetensors": "safetensors", "tqdm": "tqdm", "jinja2": "jinja2", "numpy": "numpy",
 }  # fmt: skip
-SHARES = {"gate": 1, "ceiling": 0.2, "attention": 1, "head": 1, "0.5B": 2, "1.5B": 2, "7B": 3, "7B-LoRA": 3, LONGEST: 2}
-"""Of the time that is left, among the sections still to come."""
+"""Import -> package, of all that the trainer cannot do without."""
+OPTIONAL = {
+    "trl": "TRL's steps", "datasets": "TRL's steps", "accelerate": "TRL's steps", "liger_kernel": "Liger's kernels",
+    "flash_attn": "FlashAttention 2", "triton": "compiled and fused kernels",
+}  # fmt: skip
+"""Import -> what is not measured without it."""
+FIRST = ("correct", "gate", "ceiling", "profile", "attention", "head", "0.5B", "7B-LoRA")
+MORE = ("1.5B", "7B", "longest")
 
 
-# ------------------------------------------------------------------------------------------------------------- targets
-
-
-def target_table(results: dict[str, Any], gpu: str | None) -> list[dict[str, Any]]:
-    """Each target, what was measured, and whether it is met; None where it was not measured, or not on an H200."""
-    table = []
-
-    def add(what: str, target: float, measured: float | None, met: Callable[[float], bool]) -> None:
-        judged = None if measured is None or "H200" not in (gpu or "") else met(measured)
-        table.append({"what": what, "target": target, "measured": measured, "met": judged})
-
-    for name, (speed, mfu) in TARGETS.items():
-        ours, theirs = best_of(results, name)
-        ratio = ours["real_tokens_per_s"] / theirs["real_tokens_per_s"] if ours and theirs else None
-        memory = ours["peak_gib"] / theirs["peak_gib"] if ours and theirs and theirs["peak_gib"] else None
-        add(f"{TITLES[name]}: real tokens/s", speed, ours.get("real_tokens_per_s"), lambda x, least=speed: x >= least)  # type: ignore[misc]
-        add(f"{TITLES[name]}: MFU of 989 TFLOP/s", mfu, ours.get("mfu"), lambda x, least=mfu: x >= least)  # type: ignore[misc]
-        add(f"{TITLES[name]}: speed over the fastest TRL's", TIMES_TRL, ratio, lambda x: x >= TIMES_TRL)
-        add(f"{TITLES[name]}: memory over the fastest TRL's", MEMORY_OF_TRL, memory, lambda x: x <= MEMORY_OF_TRL)
-    return table
-
-
-def best_of(results: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fastest of ours and the fastest of TRL in a section; empty where there is none."""
-    rows = results[name].get("contenders", {}) if name in results else {}
-    best: list[dict[str, Any]] = []
-    for prefix in ("fsdpsft", "TRL"):
-        speeds = [row for key, row in rows.items() if key.startswith(prefix) and "real_tokens_per_s" in row]
-        best.append(max(speeds, key=lambda row: row["real_tokens_per_s"], default={}))
-    return best[0], best[1]
-
-
-def as_text(table: list[dict[str, Any]]) -> str:
-    """The table in Markdown."""
-
-    def number(x: float | None) -> str:
-        return "not measured" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
-
-    verdicts = {None: "", True: "yes", False: "no"}
-    lines = [
-        f"| {row['what']} | {number(row['target'])} | {number(row['measured'])} | {verdicts[row['met']]} |"
-        for row in table
-    ]
-    return "\n".join(["| | target | measured | met |", "|---|---|---|---|", *lines])
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
-def run_sections(check: Check, names: Sequence[str], deadline: float) -> list[str]:
-    """Run the sections in turn, each with its share of the time that is left; what it has is saved after each.
-
-    Returns:
-        Sections that did not run: the device was lost, or the gate failed and none of them means anything.
-    """
-    for place, name in enumerate(names):
-        rest = names[place:]
-        left = deadline - time.monotonic()
-        if left <= 0:
-            check.results[name] = {"skipped": "no time left"}
-            check.save()
-            continue
-        check.deadline = time.monotonic() + left * SHARES[name] / sum(SHARES[other] for other in rest)
-        print(f"{name}:", flush=True)
-        check.results.pop(name, None)
-        start = time.monotonic()
-        found = attempt(partial(SECTIONS[name], check))
-        check.results[name] = {**check.results.get(name, {}), **found, "took_s": round(time.monotonic() - start, 1)}
-        check.results["targets"] = target_table(check.results, check.results["environment"]["gpu"])
-        lost = device_is_lost(check)
-        check.save()
-        if lost is not None:
-            print(f"  the device is lost: {lost}", flush=True)
-            return list(rest[1:])
-        check.free()
-        if name == "gate" and not found.get("passed", False):
-            print(f"The gate failed, so no speed is measured: {found}")
-            return []
-    return []
-
-
-def device_is_lost(check: Check) -> str | None:
-    """What the device says when it no longer answers: after an illegal access nothing runs in this process."""
-    try:
-        check.wait()
-        torch.zeros(1, device=check.device).sum()
-        check.wait()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
+def absent(imports: dict[str, str]) -> dict[str, str]:
+    """Those that this Python cannot import."""
+    return {name: about for name, about in imports.items() if importlib.util.find_spec(name) is None}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -224,34 +48,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the code")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--add", action="store_true", help="add to what is in the file")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", nargs="+", choices=[*FIRST, *MORE], default=None, metavar="SECTION")
+    parser.add_argument("--add", action="store_true", help="add to what is in the file; alone: the sections it lacks")
+    parser.add_argument("--out", type=Path, default=None, help="the file of the results")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sections; 0 when the gate passed, or was not asked for."""
+    """Run the sections; 0 when nothing was found wrong, 1 when something was, 2 when nothing can run here."""
     options, began = parse(arguments), time.monotonic()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # on a machine with several, TRL refuses to be alone
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA device. Try the code with: python -m benchmarks.gpu_check --tiny --device cpu")
+    if missing := absent(NEEDED):
+        print(
+            f"{sys.executable} lacks {', '.join(missing)}. Where there is a network: pip install "
+            f"{' '.join(missing.values())}\nWhere there is none: fetch the wheels elsewhere (pip download -d wheels), "
+            "bring them along, and pip install --no-index --no-deps --target site wheels/*.whl; PYTHONPATH=site"
+        )
         return 2
-    out = options.out or RESULTS / f"{hardware_name()}-gpu-check{'-tiny' if options.tiny else ''}.json"
-    check = Check(torch.device(options.device), options.tiny, out)
-    if options.add and out.is_file():
-        check.results = json.loads(out.read_text())
-    check.results |= {"what": "gpu check", "environment": environment(), "tiny": options.tiny}
-    check.results["targets"] = target_table(check.results, check.results["environment"]["gpu"])
-    undone = run_sections(check, options.only, began + 60 * options.minutes)
-    print(f"{as_text(check.results['targets'])}\nwritten: {out}")
-    left = options.minutes - (time.monotonic() - began) / 60
-    if undone and left > 0:
-        again = ["--only", *undone, "--add", "--out", str(out), "--minutes", f"{left:.2f}", "--device", options.device]
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *again, *["--tiny"] * options.tiny])
-    return int("gate" in options.only and not check.results["gate"].get("passed", False))
+    for name, what in absent(OPTIONAL).items():
+        print(f"{name} is not installed: {what} will not be measured")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # on a machine with several, TRL refuses to be alone
+    from benchmarks import gpu_sections
+
+    return gpu_sections.run(options, began)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from fsdpsft.model.kernels import apply_liger, fuse_norms
-from fsdpsft.model.last_block import trim_last_block
 from torch import Tensor, nn
-from transformers import AttentionInterface, PrinterCallback, TrainerCallback
+from transformers import AttentionInterface, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.models.qwen2 import modeling_qwen2
 
 from benchmarks.gpu_work import (
@@ -35,7 +35,10 @@ from benchmarks.gpu_work import (
     StepCase,
     StepClock,
     Work,
+    at_most,
+    causal_lm_config,
     count_trained,
+    draw,
     draw_work,
     fill_adapters,
     packed,
@@ -43,25 +46,24 @@ from benchmarks.gpu_work import (
     spread,
     step_flops,
 )
+from fsdpsft import parallelize
 from fsdpsft.batch import Sample
+from fsdpsft.config.load import load_config
 from fsdpsft.data.batches.loader import Step
-from fsdpsft.distributed import activation_checkpoint
-from fsdpsft.distributed.fsdp import MasterWeights
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.metrics import peak_flops
-from fsdpsft.model import block_parts
-from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext, AttentionSpec
+from fsdpsft.model.attention import AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
-from fsdpsft.model.lora import LoraSettings, apply_lora
-from fsdpsft.model.sft_model import SFTModel, decoder_blocks
+from fsdpsft.model.load import _materialize as materialize
 from fsdpsft.optim import build_optimizer
-from fsdpsft.parallelize import ParallelModel, compile_unit
+from fsdpsft.parallelize import ParallelModel
 from fsdpsft.testing import tiny_tokenizer
 from fsdpsft.train import train_step
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-5, (0.9, 0.95), 1e-8, 0.01, 1.0
 GATE_STEPS, WARM_STEPS, TIMED_STEPS, ROUNDS = 2, 1, 3, 2
 GATE_LIMIT = 3e-3  # relative, in bfloat16
+COMPILING = 90.0  # seconds of a session that compiles
 PADDING_FREE = "fsdpsft_padding_free"
 
 
@@ -86,31 +88,31 @@ class Session:
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
-def build_ours(check: Check, case: StepCase, **changes: Any) -> ParallelModel:
-    """The case's model, set up in the order of ``parallelize.py`` but for its random weights.
+def build_ours(check: Check, case: StepCase, *overrides: str, dtype: str = "bfloat16") -> ParallelModel:
+    """The case's model as a run with these settings builds it, but for its weights, which are random.
 
-    Changes: ``recompute``, ``trim``, ``compiled``, ``liger``, ``fused_norms``, ``mlp_tiles``.
+    ``build_model`` itself puts it together. It is given a folder with ``config.json`` alone, and ``draw_weights`` in
+    the place of the function that reads the files.
     """
-    dtype = torch.bfloat16
-    causal_lm = random_causal_lm(case, check.device, IMPLEMENTATION)
+    with tempfile.TemporaryDirectory(prefix="fsdpsft-gpu-check-") as folder:
+        causal_lm_config(case).save_pretrained(folder)
+        settings = [f"model.dtype={dtype}", "model.enable_gradient_checkpointing=none", *overrides]
+        if case.lora_rank:
+            settings += [f"model.lora_rank={case.lora_rank}", f"model.lora_alpha={2 * case.lora_rank}"]
+        elif case.states == torch.bfloat16:
+            settings += ["model.fsdp_config.model_dtype=bfloat16", "optim.state_dtype=bfloat16"]
+        config = load_config(["data.train_files=none", f"model.partial_pretrain={folder}", *settings])
+        with mock.patch.object(parallelize, "load_weights", draw_weights):
+            model = parallelize.build_model(Path(folder), config.model, init_mesh(check.device), packed=True, seed=0)
     if case.lora_rank:
-        apply_lora(causal_lm, LoraSettings(case.lora_rank, 2 * case.lora_rank))
-        fill_adapters(causal_lm)
-    if changes.get("liger", False):
-        apply_liger(causal_lm, check.device)
-    elif changes.get("fused_norms", True):
-        fuse_norms(causal_lm, check.device)
-    backend = choose_backend("auto", requirements(causal_lm, check.device, dtype))
-    blocks = decoder_blocks(causal_lm)
-    trimmed = changes.get("trim", True) and trim_last_block(blocks[-1])
-    # A trimmed last block works on another number of tokens each time, for which the compiler would start anew.
-    plain = {id(module) for module in blocks[-1].modules()} if trimmed else set()
-    activation_checkpoint.apply(
-        blocks, changes.get("recompute", "none"), mlp_tiles=changes.get("mlp_tiles", 1), split=block_parts.split,
-        prepare=lambda unit: compile_unit(unit) if changes.get("compiled", False) and id(unit) not in plain else None,
-    )  # fmt: skip
-    module = SFTModel(causal_lm, 4096).train()
-    return ParallelModel(module, init_mesh(check.device), backend.attend, MasterWeights(module, dtype), dtype, trimmed)
+        fill_adapters(model.module)
+    return model
+
+
+def draw_weights(model: PreTrainedModel, path: Path, *, device: torch.device, **rest: Any) -> None:
+    """What ``load_weights`` does, with numbers drawn instead of read."""
+    materialize(model, device, device)
+    draw(model)
 
 
 def our_optimizer(case: StepCase, model: ParallelModel) -> torch.optim.Optimizer:
@@ -131,11 +133,13 @@ def our_step(check: Check, rows: Sequence[Sample], groups: Sequence[Sequence[int
     )  # fmt: skip
 
 
-def run_ours(check: Check, case: StepCase, work: Work, micro_batch: int, recompute: str, **changes: Any) -> Session:
+def run_ours(
+    check: Check, case: StepCase, work: Work, micro_batch: int, recompute: str, overrides: Sequence[str] = ()
+) -> Session:
     """The trainer's own step."""
     groups = work.groups(micro_batch)
     gate, step = our_step(check, work.gate, spread(len(work.gate), len(groups))), our_step(check, work.rows, groups)
-    model = build_ours(check, case, recompute=recompute, **changes)
+    model = build_ours(check, case, f"model.enable_gradient_checkpointing={recompute}", *overrides)
     optimizer = our_optimizer(case, model)
     losses = [train_step(model, optimizer, gate, CLIP).losses[0] for _ in range(GATE_STEPS)]
     for _ in range(WARM_STEPS):
@@ -146,7 +150,7 @@ def run_ours(check: Check, case: StepCase, work: Work, micro_batch: int, recompu
         train_step(model, optimizer, step, CLIP)
         clock.mark()
     tokens, trained = (sum(f(b) for b in step.micro_batches) for f in (_real_tokens, _labels))
-    remark = f"{len(groups)} micro-batches, recomputing {recompute}, attention {_name_of(model)}"
+    remark = f"{len(groups)} micro-batches, recomputing {recompute}, attention {model.attend.__name__}"
     return Session([float(x) for x in losses], clock.seconds(), tokens, trained, check.peak_gib(), remark)
 
 
@@ -156,10 +160,6 @@ def _real_tokens(batch: Any) -> int:
 
 def _labels(batch: Any) -> int:
     return len(batch.trained_index)
-
-
-def _name_of(model: ParallelModel) -> str:
-    return next(name for name, backend in BACKENDS.items() if backend.attend is model.attend)
 
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
@@ -312,11 +312,13 @@ class Contender:
         run: makes one session of a way: most tokens of a forward pass (None: padded), and what is recomputed.
         ways: still to be tried; one that did not fit in memory is not tried again.
         error: why it is out.
+        most: seconds that a session may take.
         cost: seconds of its last session.
     """
 
     run: Callable[..., Session]
     ways: list[tuple[int | None, str]]
+    most: float = 300.0
     sessions: list[Session] = field(default_factory=list)
     error: str | None = None
     cost: float = 0.0
@@ -327,7 +329,7 @@ class Contender:
         while self.error is None:
             check.free()  # out of the handlers below: an error holds on to what it was about
             try:
-                with as_it_was(modeling_qwen2):
+                with as_it_was(modeling_qwen2), at_most(min(self.most, max(check.seconds_left, 60))):
                     self.sessions.append(self.run(check, case, work, *self.ways[0]))
                 break
             except Exception as error:  # noqa: BLE001  # another's failure must not cost the other numbers
@@ -348,7 +350,7 @@ def as_it_was(module: ModuleType) -> Iterator[None]:
         vars(module).update(before)
 
 
-def contenders(check: Check, case: StepCase, *, ablation: bool = False) -> dict[str, Contender]:
+def contenders(check: Check, case: StepCase) -> dict[str, Contender]:
     """Who takes part here, ours first, then in the order in which they matter if time runs out."""
     on_gpu = check.device.type == "cuda"
     liger = on_gpu and importlib.util.find_spec("liger_kernel") is not None
@@ -360,13 +362,9 @@ def contenders(check: Check, case: StepCase, *, ablation: bool = False) -> dict[
             found["TRL, no padding, our attention, Liger"] = Contender(partial(run_trl, liger=True), [*free])
         found["TRL, stock (padded)"] = Contender(run_trl, [(None, "full")])
     if liger:
-        found["fsdpsft, Liger"] = Contender(partial(run_ours, liger=True), [*ours])
+        found["fsdpsft, Liger"] = Contender(partial(run_ours, overrides=["model.use_liger=true"]), [*ours])
     if on_gpu:
-        found["fsdpsft, compiled"] = Contender(partial(run_ours, compiled=True), [*ours])
-    if ablation:
-        found["fsdpsft, whole last block"] = Contender(partial(run_ours, trim=False), [*ours])
-    if ablation and on_gpu:
-        found["fsdpsft, the model's own norms"] = Contender(partial(run_ours, fused_norms=False), [*ours])
+        found["fsdpsft, compiled"] = Contender(partial(run_ours, overrides=["model.compile=true"]), [*ours], COMPILING)
     return found
 
 

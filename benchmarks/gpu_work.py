@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from fsdpsft.data.batches.packing import plan_step
 
 MEAN, SQUARED_CV, LONGEST, TRAINED = 840, 1.69, 4096, 0.35  # of the chats: lognormal, CV 1.3
 GATE_LONGEST, GATE_EVERY = 24, 4  # tokens of the gate's rows; of so many rows one has a trained token, its last
+LIMIT = 3600.0  # seconds of one attempt, whatever the time that is left
 DEVICE_ROWS = 8  # rows of a padded forward pass: transformers' and TRL's default
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -163,27 +167,40 @@ def step_flops(case: StepCase, work: Work) -> float:
     return float(layers * (factor * body * work.tokens + attention) + factor * work.trained * width * case.vocabulary)
 
 
+def causal_lm_config(case: StepCase) -> Qwen2Config:
+    """The case's model as a configuration."""
+    return Qwen2Config(
+        architectures=["Qwen2ForCausalLM"], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=2,
+        pad_token_id=0, use_cache=False, **MODELS[case.model],
+    )  # fmt: skip
+
+
 def random_causal_lm(case: StepCase, device: torch.device, attention: str) -> PreTrainedModel:
-    """The case's model with weights that depend on the seed alone, so that all contenders start from the same.
+    """The case's model as transformers builds it, with the weights of ``draw``."""
+    dtype = torch.bfloat16 if case.lora_rank else case.states
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(causal_lm_config(case), dtype=dtype, attn_implementation=attention)
+    draw(model)
+    return model
+
+
+@torch.no_grad()
+def draw(model: torch.nn.Module) -> None:
+    """Give a Qwen2 weights that depend on the seed alone, so that all contenders start from the same.
 
     Matrices are drawn in float32 whatever the model's dtype, for which torch may draw other numbers. Values and outputs
     of attention are made large, or random weights would let the MLPs drown what attention does, and the gate would not
-    see a wrong one.
+    see a wrong one. Adapters are left as they are.
     """
-    config = Qwen2Config(
-        max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=2, pad_token_id=0, use_cache=False,
-        **MODELS[case.model],
-    )  # fmt: skip
-    dtype = torch.bfloat16 if case.lora_rank else case.states
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                deviation = 0.12 if name.endswith(("v_proj.weight", "o_proj.weight")) else 0.04
-                parameter.copy_(torch.randn(parameter.shape, device=device) * deviation)
-    return model
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        if parameter.ndim == 2:
+            deviation = 0.12 if "v_proj." in name or "o_proj." in name else 0.04
+            parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * deviation)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 @torch.no_grad()
@@ -229,6 +246,21 @@ class Check:
             run()
             clock.mark()
         return statistics.median(clock.seconds())
+
+    def attempt(self, run: Callable[[], dict[str, Any]], most: float = math.inf, grace: float = 0) -> dict[str, Any]:
+        """What ``run`` returns, or its error: one kernel's failure must not cost the other numbers.
+
+        It ends after ``most`` seconds, and with its section at the latest, but for ``grace`` seconds.
+        """
+        seconds = min(most, max(self.seconds_left, 1) + grace, LIMIT)
+        try:
+            with at_most(seconds):
+                return run()
+        except Exception as error:  # noqa: BLE001
+            return {
+                "error": f"{type(error).__name__}: {str(error)[:300]}",
+                "where": traceback.format_exc().splitlines()[-4:-1],
+            }
 
     def free(self) -> None:
         """Drop what the last case left."""
@@ -277,12 +309,35 @@ class StepClock:
         return [before.elapsed_time(after) / 1e3 for before, after in pairs]
 
 
-def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``run`` returns, or its error: one kernel's failure must not cost the other numbers."""
+class OutOfTimeError(RuntimeError):
+    """What ``at_most`` ends its body with."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End the body by ``OutOfTimeError`` after so many seconds: a compilation may take very long. Main thread only."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise OutOfTimeError(f"took longer than {seconds:.0f} s")
+
+    before, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
     try:
-        return run()
-    except Exception as error:  # noqa: BLE001
-        return {
-            "error": f"{type(error).__name__}: {str(error)[:300]}",
-            "where": traceback.format_exc().splitlines()[-4:-1],
-        }
+        yield
+    finally:
+        left = max(outer - (time.monotonic() - began), 0.1) if outer else 0.0
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+
+def errors_in(found: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Where and what: every error, and everything that did not pass, in a result, however deep."""
+    if not isinstance(found, dict):
+        return
+    for key in ("error", "no_speed"):
+        if key in found:
+            yield where, str(found[key])
+    if found.get("passed") is False and "error" not in found:
+        yield where, f"did not pass: {found}"
+    for key, value in found.items():
+        yield from errors_in(value, f"{where}, {key}" if where else str(key))

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fsdpsft.config.schema import OptimConfig
+
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -50,11 +52,9 @@ class LRSchedule:
         return self.min_ratio + (1 - self.min_ratio) * DECAY_SHAPES[shape](progress)
 
 
-def build_schedule(
-    name: str, total_steps: int, *, warmup_steps: int | None, warmup_ratio: float, decay_ratio: float,
-    decay_shape: str, min_ratio: float,
-) -> LRSchedule:  # fmt: skip
-    """Resolve ratios against the actual number of steps; ``warmup_steps`` wins over ``warmup_ratio``."""
-    warmup = round(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
-    decay = min(round(decay_ratio * total_steps), max(total_steps - warmup, 0))
-    return LRSchedule(name, total_steps, min(warmup, total_steps), decay, decay_shape, min_ratio)
+def build_schedule(settings: OptimConfig, total_steps: int) -> LRSchedule:
+    """Resolve ratios against the actual number of steps; ``warmup_steps`` wins over ``warmup_steps_ratio``."""
+    o = settings
+    warmup = round(o.warmup_steps_ratio * total_steps) if o.warmup_steps is None else o.warmup_steps
+    decay = min(round(o.decay_ratio * total_steps), max(total_steps - warmup, 0))
+    return LRSchedule(o.lr_scheduler, total_steps, min(warmup, total_steps), decay, o.decay_shape, o.min_lr_ratio)

@@ -5,25 +5,77 @@ AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 # Elements that ``MixedAdamW`` updates at one time: on CPU their five float32 copies stay in the cache.
 _CPU_PIECE, _PIECE = 2**18, 2**25
+_MATRIX_LAYERS = (nn.Linear, nn.Embedding, Conv1D)  # the last is GPT-2's linear layer, with its weight transposed
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices with weight decay; norms, biases and other vectors without."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """Trainable parameters in two groups: those that decay (``decays``) and those that do not; empty ones left out."""
+    chosen = decaying(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = (
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if chosen[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if not chosen[name]], "weight_decay": 0.0},
     )
     return [group for group in groups if group["params"]]
+
+
+def decaying(model: nn.Module) -> dict[str, bool]:
+    """Name of each trainable parameter, tied ones once, and whether weight decay acts on it."""
+    found: dict[str, bool] = {}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in names:
+                full = names[id(parameter)]
+                found[full] = found.get(full, False) or decays(module, f"{path}.{name}")
+    return found
+
+
+def decays(module: nn.Module, name: str) -> bool:
+    """Whether weight decay acts on the parameter ``name`` (its full name) that ``module`` itself holds.
+
+    It acts on the matrices that hidden states are multiplied with or looked up in, told by the module that holds them:
+
+    - the ``weight`` of linear layers and embeddings (LoRA's among them),
+    - the ``weight`` of a mixture's router,
+    - the stacked matrices of a mixture's experts.
+
+    It does not act on anything else, however many dimensions it has: norms, biases (experts' stacked ones too), DoRA's
+    magnitudes, convolutions, the parameters of activations (Apertus), and what a mixer holds besides its projections
+    (Mamba's ``A_log`` and ``D``, DiffLlama's lambdas, attention sinks).
+    """
+    kind, leaf = type(module).__name__, name.rpartition(".")[2]
+    if isinstance(module, _MATRIX_LAYERS):
+        return leaf == "weight"
+    if isinstance(module, nn.ParameterDict):  # peft keeps an embedding's adapters in one
+        return "lora_embedding_" in name
+    if "Expert" in kind:
+        return getattr(module, leaf).ndim >= 2 and "bias" not in leaf
+    return ("Router" in kind or kind.endswith("Gate")) and leaf == "weight"
+
+
+def decay_report(model: nn.Module) -> str:
+    """Which parameters decay and which do not, for the log: one line a name, equal ones of all blocks together."""
+    counts: dict[tuple[bool, str], int] = {}
+    for name, decayed in decaying(model).items():
+        key = decayed, re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        counts[key] = counts.get(key, 0) + 1
+    lines = [
+        f"  {'decays' if decayed else 'does not'}: {name}" + (f" ({count} of them)" if count > 1 else "")
+        for (decayed, name), count in sorted(counts.items(), key=lambda item: not item[0][0])
+    ]
+    return "\n".join(["weight decay by parameter:", *lines])
 
 
 class MixedAdamW(torch.optim.Optimizer):

@@ -1,7 +1,7 @@
 """From a step's tensors to written metrics, without making the step wait.
 
-A step leaves its loss and gradient norm on the device; they are read when the next logging interval ends, by which time
-the device has long computed them.
+A step's loss and gradient norm are copied to the host right behind the step, without waiting for it. They are read when
+the next logging interval ends, by which time the copy has long arrived.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fsdpsft.data.batches.loader import Step
@@ -31,13 +32,44 @@ class StepStats:
     grad_norm: Tensor
 
 
+class HostCopy:
+    """A step's numbers on their way to the host.
+
+    From a GPU they are copied to page-locked memory, and an event marks the end of the copy: reading waits for that
+    alone, not for the steps launched since. On a CPU they are copied at once.
+
+    Attributes:
+        arrived: the event; None on a CPU, where the step is over by now.
+    """
+
+    def __init__(self, stats: StepStats) -> None:
+        """Begin the copy; the host does not wait."""
+        losses = stats.losses
+        norm = stats.grad_norm.to(losses.device, losses.dtype, non_blocking=True)  # on the host where weights are
+        self._values = torch.cat([norm.reshape(1), losses])
+        self.arrived: torch.cuda.Event | None = None
+        if losses.is_cuda:
+            values, self._values = self._values, torch.empty(1 + len(losses), dtype=losses.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def read(self) -> tuple[float, float, list[float]]:
+        """The gradient norm, the step's loss, and the sums of token losses by source."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        norm, loss, *sums = self._values.tolist()
+        return norm, loss, sums
+
+
 @dataclass(frozen=True)
 class _Pending:
     step: int
     values: dict[str, float]
-    stats: StepStats
+    numbers: HostCopy
     trained_by_source: np.ndarray
     rows: np.ndarray
+    work: tuple[int, int, int]  # tokens, trained tokens, squared lengths
 
 
 class NonFiniteError(UserError):
@@ -58,9 +90,17 @@ class Recorder:
     """
 
     def __init__(
-        self, trackers: Trackers, throughput: Throughput, describe: Callable[[int], str], *, steps_per_epoch: int,
-        log_freq: int, source_names: Sequence[str] = (), tokens_seen: int = 0, trained_tokens_seen: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        trackers: Trackers,
+        throughput: Throughput,
+        describe: Callable[[int], str],
+        *,
+        steps_per_epoch: int,
+        log_freq: int,
+        source_names: Sequence[str] = (),
+        tokens_seen: int = 0,
+        trained_tokens_seen: int = 0,
+    ) -> None:
         self._trackers, self._throughput, self._describe = trackers, throughput, describe
         self._steps_per_epoch, self._log_freq = steps_per_epoch, log_freq
         self._source_names = source_names if len(source_names) > 1 else ()
@@ -73,7 +113,6 @@ class Recorder:
         """Take a step's numbers; reads those of the interval before when a new line is due."""
         self.tokens += step.num_tokens
         self.trained_tokens += step.num_trained_tokens
-        self._throughput.add(step.num_tokens, step.num_trained_tokens, step.squared_lengths)
         count = step.index + 1
         values = {
             "epoch": count / self._steps_per_epoch,
@@ -81,7 +120,11 @@ class Recorder:
             "train/tokens": float(self.tokens),
             "train/trained_tokens": float(self.trained_tokens),
         }
-        self._pending.append(_Pending(count, values, stats, step.trained_by_source, step.rows))
+        work = step.num_tokens, step.num_trained_tokens, step.squared_lengths
+        item = _Pending(count, values, HostCopy(stats), step.trained_by_source, step.rows, work)
+        self._pending.append(item)
+        if item.numbers.arrived is None:
+            self._throughput.add(*work)
         if self._is_logged(count):
             finished, self._finished, self._pending = self._finished, self._pending, []
             self._read(finished)
@@ -110,8 +153,9 @@ class Recorder:
 
     def _read(self, pending: list[_Pending]) -> None:
         for position, item in enumerate(pending):
-            loss, *sums = item.stats.losses.tolist()
-            grad_norm = float(item.stats.grad_norm)
+            grad_norm, loss, sums = item.numbers.read()
+            if item.numbers.arrived is not None:  # only now is the step known to be over
+                self._throughput.add(*item.work)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise self._not_finite(item, loss, grad_norm)
             values = {"train/loss": loss, "train/grad_norm": grad_norm, **item.values}

@@ -43,7 +43,7 @@ from fsdpsft.model import lora
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
-from fsdpsft.optim import build_optimizer
+from fsdpsft.optim import build_optimizer, decay_report
 from fsdpsft.parallelize import ParallelModel, build_model
 from fsdpsft.prepare import TrainingData, prepare_data
 from fsdpsft.recorder import Recorder
@@ -207,10 +207,9 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
         publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
     )  # fmt: skip
     state = _resume(config, data, model, optimizer, checkpoints)
-    schedule = build_schedule(
-        o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
-        decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,
-    )  # fmt: skip
+    schedule = build_schedule(o, total_steps)
+    if o.log_decay and not mesh.rank:
+        log.info(decay_report(model.module.causal_lm))
     _announce(config, data, model, loader, state, total_steps)
     recorder = Recorder(
         _trackers(config, mesh, state.step, total_steps),

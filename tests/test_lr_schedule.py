@@ -6,7 +6,14 @@ import math
 
 import pytest
 
+from fsdpsft.config.load import load_config
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
+
+
+def resolved(total_steps: int, *settings: str) -> LRSchedule:
+    """The schedule of a run with these ``optim`` settings."""
+    needed = ["data.train_files=x", "model.partial_pretrain=x", *(f"optim.{setting}" for setting in settings)]
+    return build_schedule(load_config(needed).optim, total_steps)
 
 
 def curve(schedule: LRSchedule) -> list[float]:
@@ -37,16 +44,13 @@ def test_constant_after_warmup() -> None:
 
 
 def test_ratios_span_the_actual_steps() -> None:
-    schedule = build_schedule(
-        "wsd", 200, warmup_steps=None, warmup_ratio=0.05, decay_ratio=0.2, decay_shape="cosine", min_ratio=0.1
+    schedule = resolved(
+        200, "lr_scheduler=wsd", "warmup_steps_ratio=0.05", "decay_ratio=0.2", "min_lr_ratio=0.1", "decay_shape=cosine"
     )
     assert (schedule.warmup_steps, schedule.decay_steps) == (10, 40)
     assert schedule(159) == 1.0 and schedule(160) == 1.0 and schedule(161) < 1.0
     assert schedule(199) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 39 / 40)))
 
 
-def test_number_of_warmup_steps_wins_over_the_ratio() -> None:
-    schedule = build_schedule(
-        "cosine", 100, warmup_steps=3, warmup_ratio=0.5, decay_ratio=0.1, decay_shape="cosine", min_ratio=0.0
-    )
-    assert schedule.warmup_steps == 3
+def test_number_of_warmup_steps_wins_over_the_default_ratio() -> None:
+    assert resolved(100, "warmup_steps=3").warmup_steps == 3

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fsdpsft import optim
-from fsdpsft.optim import MixedAdamW, build_optimizer, clip_grad_norm, parameter_groups, set_lr
+from fsdpsft.optim import (
+    MixedAdamW,
+    build_optimizer,
+    clip_grad_norm,
+    decay_report,
+    decaying,
+    parameter_groups,
+    set_lr,
+)
+from fsdpsft.testing import run_distributed, tiny_model
 from tests.parity.reference import SlowAdamW
 
 
@@ -23,9 +37,54 @@ def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
 
 
-def test_no_decay_on_norms_and_biases() -> None:
+def test_two_groups() -> None:
     groups = parameter_groups(small_model(), 0.1)
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 2), (0.0, 4)]  # type: ignore[arg-type]
+
+
+LLAMA = {"embed_tokens.weight", *(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))}
+MIXTURE = {"embed_tokens.weight", *(f"{name}_proj.weight" for name in "qkvo"), "gate_up_proj", "down_proj"}
+DECAYING: dict[str, tuple[dict[str, Any], set[str]]] = {  # family: settings, and the ends of the names that decay
+    "llama": ({}, LLAMA),
+    "qwen3": ({}, LLAMA),  # norms of queries and keys have one dimension
+    "cohere": ({"use_qk_norm": True}, LLAMA),  # there they have two
+    "diffllama": ({}, LLAMA),
+    "apertus": ({}, LLAMA - {"gate_proj.weight"}),
+    "mamba": ({}, {"embeddings.weight", *(f"{name}_proj.weight" for name in ("in", "x", "dt", "out"))}),
+    "gpt2": ({}, {"wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"}),
+    "mixtral": ({"num_local_experts": 4}, {*MIXTURE, "gate.weight"}),
+    "gpt_oss": ({"num_local_experts": 4}, {*MIXTURE, "router.weight"}),  # its experts' biases have two dimensions
+}
+
+
+@pytest.mark.parametrize("family", DECAYING)
+def test_what_decays_by_family(family: str) -> None:
+    settings, ends = DECAYING[family]
+    model = tiny_model(family, **settings)
+    found = decaying(model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    decayed = {name for name, decays in found.items() if decays}
+    assert decayed == {name for name in found if name.endswith(tuple(f".{end}" for end in ends))}
+    assert {end for end in ends if any(name.endswith(f".{end}") for name in decayed)} == ends
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    in_group = [{by_id[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1)]  # type: ignore[attr-defined]
+    assert in_group == [decayed, set(found) - decayed]
+
+
+def test_adapters_decay_but_not_the_magnitudes_of_dora() -> None:
+    targets = ["q_proj", "embed_tokens"]
+    settings = LoraConfig(r=2, target_modules=targets, use_dora=True, modules_to_save=["norm"])
+    model = get_peft_model(tiny_model("llama"), settings)
+    kinds = {re.findall(r"lora_\w+|modules_to_save", name)[0]: decays for name, decays in decaying(model).items()}
+    adapters = dict.fromkeys(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"), True)
+    assert kinds == {**adapters, "lora_magnitude_vector": False, "modules_to_save": False}
+
+
+def test_the_report_names_each_kind_of_parameter_once() -> None:
+    lines = decay_report(tiny_model("cohere", use_qk_norm=True)).splitlines()
+    assert "  decays: model.layers.*.self_attn.q_proj.weight (2 of them)" in lines
+    assert "  does not: model.layers.*.self_attn.q_norm.weight (2 of them)" in lines
+    assert len(lines) == 1 + 8 + 4
 
 
 @pytest.mark.parametrize(
@@ -76,6 +135,36 @@ def test_an_update_in_pieces_is_the_update(monkeypatch: pytest.MonkeyPatch, shap
     monkeypatch.setattr(optim, "_adamw_update", lambda ts, *rest: updates.append(ts[0].numel()) or update(ts, *rest))
     assert torch.equal(stepped(), whole)
     assert max(updates, default=0) <= 6 and sum(updates) == 3 * whole.numel()
+
+
+def test_a_bfloat16_weight_is_rounded_once_a_step() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4096).bfloat16()
+    parameter = nn.Parameter(weight.clone())
+    optimizer = MixedAdamW(
+        [{"params": [parameter], "weight_decay": 0.5}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, state_dtype=torch.float32
+    )
+    parameter.grad = torch.randn(4096).bfloat16()
+    optimizer.step()
+    sign = parameter.grad.double().sign()  # the first step's update but for eps
+    exact = weight.double() * (1 - 1e-2 * 0.5) - 1e-2 * sign
+    once = exact.bfloat16()
+    twice = ((weight.double() * (1 - 1e-2 * 0.5)).bfloat16().double() - 1e-2 * sign).bfloat16()
+    assert (parameter != once).float().mean() < 1e-3 < 0.1 < (twice != once).float().mean()
+
+
+def clipped_on_two_processes() -> tuple[float, list[float]]:
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.tensor([3.0, 0.0, 0.0, 4.0]), mesh, [Shard(0)])
+    norm = clip_grad_norm([parameter], 1.0)
+    return norm.item(), parameter.grad.full_tensor().tolist()
+
+
+def test_clipping_goes_by_the_norm_over_all_processes() -> None:
+    for norm, gradient in run_distributed(clipped_on_two_processes, 2):
+        assert norm == pytest.approx(5.0)
+        assert gradient == pytest.approx([0.6, 0.0, 0.0, 0.8], rel=1e-5)
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:

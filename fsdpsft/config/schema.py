@@ -276,7 +276,10 @@ class OptimConfig:
     lr: float = key(1e-5, "peak learning rate", low=0, high=1000.0)
     betas: list[float] = key([0.9, 0.95], "AdamW's")
     eps: float = key(1e-8, "AdamW's", low=1e-30, high=1)
-    weight_decay: float = key(0.01, "not on norms and biases", low=0, high=1000.0)
+    weight_decay: float = key(
+        0.01, "on the matrices of linear layers, embeddings and experts alone", low=0, high=1000.0
+    )
+    log_decay: bool = key(False, "true: name the parameters that decay, and those that do not", on_resume="free")
     clip_grad: float | None = key(1.0, "largest gradient norm; null: no clipping", low=1e-30)
     state_dtype: str = key("float32", "{choices}: of AdamW's moments", choices=("float32", "bfloat16"))
     lr_scheduler: str = key("cosine", "{choices}", choices=("cosine", "wsd", "linear", "constant"))

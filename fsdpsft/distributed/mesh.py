@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from fsdpsft.errors import ConfigError
 
 _NCCL_GRACE_S = 60
+_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -103,6 +104,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=cpu")
+    if not _ALLOCATOR_SETTINGS & os.environ.keys():  # the allocator reads them when it is first asked for memory
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # ragged batches would fragment fixed ones
     device = torch.device("cuda", env_local_rank())
     torch.cuda.set_device(device)
     return device

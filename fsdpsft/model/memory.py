@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fsdpsft.config.schema import ModelConfig
 from fsdpsft.loss import default_chunk
@@ -44,7 +45,7 @@ class Work:
 
 def states(
     module: SFTModel, settings: ModelConfig, shards: int, compute: int, moments: torch.dtype
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of weights, gradients and optimiser on a device, and of those in host memory instead.
 
     Args:
@@ -68,10 +69,12 @@ def states(
         "gradients": trained_bytes / shards,
         "AdamW's moments": 2 * moments.itemsize * trained / shards,
     }
-    host = 0.0
-    if fsdp.offload_params and shards > 1:
-        host, memory = sum(memory.values()), {}
-    if shards == 1:
+    host: dict[str, float] = {}
+    if fsdp.offload_params:
+        locked = {"weights": parameters, "gradients": [p for p in parameters if p.requires_grad]}
+        host = {name: float(sum(_power_of_two(local_bytes(p, shards)) for p in ps)) for name, ps in locked.items()}
+        host["AdamW's moments"], memory = memory["AdamW's moments"], {}
+    if shards == 1 and not fsdp.offload_params:
         memory["copy in the compute dtype"] = float(compute * everything if stored > compute * everything else 0)
     else:
         gathered = everything if not fsdp.reshard_after_forward else 2 * block + (everything - inside)
@@ -81,6 +84,17 @@ def states(
         )
         memory["gradients on their way"] = float(on_their_way)
     return memory, host
+
+
+def local_bytes(parameter: Tensor, shards: int, itemsize: int | None = None) -> int:
+    """Bytes of the rows that the fullest of ``shards`` processes keeps, ``itemsize`` bytes a number."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // shards) * (parameter.numel() // max(rows, 1)) * (itemsize or parameter.element_size())
+
+
+def _power_of_two(size: int) -> int:
+    """What torch's allocator of page-locked memory takes for one tensor, which is what FSDP's offloading uses."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def activations(module: SFTModel, settings: ModelConfig, mode: str, tokens: int, compute: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Drawings for the page: inline SVG that stretches to any width, with its labels in HTML so that they do not."""
+"""Drawings: a line of block characters for the terminal, inline SVG that stretches to any width for the page."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ from html import escape
 
 from fsdpsft.tools.facts import Histogram
 
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One character a value, as high as its share of the largest; what is above zero shows."""
+    top = max(values, default=0) or 1
+    return "".join(_LEVELS[max(round(8 * value / top), value > 0)] for value in values)
+
 
 def histogram_svg(histogram: Histogram) -> str:
     """Bars of samples by length, with marks at the median and the 95th percentile."""
-    h, most = histogram, max(histogram.counts)
-    bars = []
-    for place, count in enumerate(h.counts):
-        height = 100 * count / most
-        if count:
-            height = max(height, 0.8)
-        label = f"{place * h.width + 1:,} to {(place + 1) * h.width:,} tokens: {count:,} samples"
-        bars.append(
-            f'<rect x="{place + 0.05:.2f}" y="{100 - height:.2f}" width="0.9" height="{height:.2f}">'
-            f"<title>{label}</title></rect>"
-        )
-    end = len(h.counts) * h.width
-    marks = [(h.median / end, f"median {h.median:,}"), (h.percentile_95 / end, f"95 % {h.percentile_95:,}")]
-    drawing = (
-        f'<svg viewBox="0 0 {len(h.counts)} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="Samples by length">{"".join(bars)}</svg>'
+    h, most, end = histogram, max(histogram.counts), len(histogram.counts) * histogram.width
+    bars = "".join(
+        f'<rect x="{place + 0.05:.2f}" y="{100 - height:.2f}" width="0.9" height="{height:.2f}">'
+        f"<title>{place * h.width + 1:,} to {(place + 1) * h.width:,} tokens: {count:,} samples</title></rect>"
+        for place, count in enumerate(h.counts)
+        for height in [max(100 * count / most, 0.8 if count else 0)]
     )
-    return _framed(drawing, marks, ["0", f"{end // 2:,}", f"{end:,} tokens"], f"{most:,} samples")
+    marks = "".join(
+        f'<span class="mark{" left" if share > 0.6 else ""}" style="left:{100 * share:.2f}%">{label}</span>'
+        for share, label in (
+            (h.median / end, f"median {h.median:,}"),
+            (h.percentile_95 / end, f"95 % {h.percentile_95:,}"),
+        )
+    )
+    drawing = f'<svg viewBox="0 0 {len(h.counts)} 100" preserveAspectRatio="none" role="img">{bars}</svg>'
+    return _framed(drawing + marks, ["0", f"{end // 2:,}", f"{end:,} tokens"], f"{most:,} samples")
 
 
 def curve_svg(points: Sequence[tuple[int, float]]) -> str:
@@ -38,17 +44,13 @@ def curve_svg(points: Sequence[tuple[int, float]]) -> str:
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="Learning rate by step">'
         f'<polygon points="0,100 {path} 100,100"/><polyline points="{path}"/></svg>'
     )
-    return _framed(drawing, [], ["0", f"{last // 2:,}", f"step {last:,}"], f"{top:.3g}")
+    return _framed(drawing, ["0", f"{last // 2:,}", f"step {last:,}"], f"{top:.3g}")
 
 
-def _framed(drawing: str, marks: Sequence[tuple[float, str]], ticks: Sequence[str], top: str) -> str:
-    """A drawing with a label at its top, labelled lines across it at shares of its width, and ticks below."""
-    lines = "".join(
-        f'<span class="mark{" left" if share > 0.6 else ""}" style="left:{100 * share:.2f}%">{escape(label)}</span>'
-        for share, label in marks
-    )
+def _framed(drawing: str, ticks: Sequence[str], top: str) -> str:
+    """A drawing with a label at its top and ticks below; labels are HTML, so that they do not stretch."""
     below = "".join(f"<span>{escape(tick)}</span>" for tick in ticks)
     return (
-        f'<div class="chart"><div class="top">{escape(top)}</div><div class="plot">{drawing}{lines}</div>'
+        f'<div class="chart"><div class="top">{escape(top)}</div><div class="plot">{drawing}</div>'
         f'<div class="ticks">{below}</div></div>'
     )

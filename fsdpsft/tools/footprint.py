@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from fsdpsft.checkpoint.pieces import pinned_bytes
 from fsdpsft.config.schema import Config
-from fsdpsft.errors import ConfigError
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.model.flops import flop_count
-from fsdpsft.model.memory import USABLE, Work, activations, choose_checkpointing, states
+from fsdpsft.model.memory import USABLE, Work, activations, choose_checkpointing, local_bytes, states
 from fsdpsft.model.sft_model import SFTModel, resolve_dtype
 from fsdpsft.parallelize import adapted_model
 from fsdpsft.prepare import TrainingData
@@ -32,7 +34,7 @@ class Footprint:
         parameters, trained_parameters: of the model, tied weights once.
         checkpointing: of activations; what ``auto`` stands for on such a GPU.
         memory: what takes how many bytes on a GPU.
-        host_bytes: bytes in host memory for each GPU, with ``offload_params``.
+        host: what takes how many bytes of host memory for each GPU, page-locked memory as it is rounded up.
         flops: of the whole run, forward and backward; recomputation is not counted.
         gpu, mfu: the device and the share of its bfloat16 peak that the time assumes.
         seconds: of the whole run.
@@ -43,32 +45,27 @@ class Footprint:
     trained_parameters: int
     checkpointing: str
     memory: dict[str, float]
-    host_bytes: float
+    host: dict[str, float]
     flops: float
     gpu: str
     mfu: float
     seconds: float
-
-    @property
-    def total_bytes(self) -> float:
-        """All of ``memory``."""
-        return sum(self.memory.values())
 
 
 def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gpu: str, mfu: float) -> Footprint:
     """Estimate a run on ``gpus`` devices of a kind in ``metrics.PEAK_FLOPS``.
 
     Raises:
-        ConfigError: an unknown device.
         ModelError: a model that cannot be built.
     """
-    if gpu not in PEAK_FLOPS:
-        raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
     m = config.model
     compute = torch.bfloat16 if m.dtype == "auto" else resolve_dtype(m.dtype, torch.device("cpu"))
     module = SFTModel(adapted_model(data.model_path, m, compute), m.head_chunk_tokens)
     moments, shards = resolve_dtype(config.optim.state_dtype, torch.device("cpu")), gpus // m.fsdp_config.replicate_size
     memory, host = states(module, m, shards, compute.itemsize, moments)
+    if config.trainer.async_save:
+        staged = _staged(module.parameters(), shards, moments, config)
+        host["copies for saving in the background"] = float(pinned_bytes(staged))
     mode = m.enable_gradient_checkpointing
     if mode == "auto":
         work = Work(token_budget=config.data.token_budget, moments=moments)
@@ -80,3 +77,11 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
         gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), mode, memory, host, flops, gpu, mfu,
         flops / (gpus * PEAK_FLOPS[gpu] * mfu),
     )  # fmt: skip
+
+
+def _staged(parameters: Iterable[nn.Parameter], shards: int, moments: torch.dtype, config: Config) -> Iterator[int]:
+    """Bytes of each tensor that a background save copies to the host: weights, and AdamW's moments."""
+    for parameter in parameters:
+        yield local_bytes(parameter, shards)
+        if parameter.requires_grad and "state" in config.trainer.save_contents:
+            yield from [local_bytes(parameter, shards, moments.itemsize)] * 2

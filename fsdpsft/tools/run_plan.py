@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader
 from fsdpsft.data.batches.packing import Balance, in_order_plan, measure
 from fsdpsft.distributed.mesh import Mesh, check_world
-from fsdpsft.lr_schedule import LRSchedule, build_schedule
+from fsdpsft.lr_schedule import build_schedule
 from fsdpsft.prepare import TrainingData
 from fsdpsft.run import make_loader
 
@@ -24,28 +25,19 @@ _CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
-class RankBalance:
-    """How even the work is over some number of GPUs; means over the measured steps, 1 is perfect.
+class RankBalance(Balance):
+    """How even the work is over some number of GPUs: means of ``Balance`` over the measured steps.
 
     Attributes:
         gpus: processes; ``dp_size`` of them see different data.
-        micro_batches: forward passes of each GPU in a step.
-        fill: real tokens over tokens computed, had every micro-batch the size of the largest.
-        tokens, cost: most of a GPU over the mean, in tokens and in tokens with attention.
-        in_order_tokens, in_order_cost: the same, were document i given to GPU i modulo their number.
-        lockstep: time with all waiting for the slowest at every micro-batch, over the time without waiting.
-        idle: GPUs without a document in the average step.
+        in_order_tokens, in_order_cost: were sample i given to GPU i modulo their number.
+        idle: GPUs without a sample in the average step.
     """
 
     gpus: int
     dp_size: int
-    micro_batches: float
-    fill: float
-    tokens: float
-    cost: float
     in_order_tokens: float
     in_order_cost: float
-    lockstep: float
     idle: float
 
 
@@ -59,13 +51,10 @@ class RunPlan:
         total_steps, steps_per_epoch: optimiser steps.
         tokens, trained_tokens, squared_lengths: sums over the whole run.
         token_budget: most tokens of one forward pass on a GPU.
-        max_length: of a sample.
         packed: whether samples are laid end to end.
         balances: for each number of GPUs looked at.
         measured_steps: steps that these are means over.
-        peak_lr: the highest learning rate there may be.
-        warmup_steps: steps until then.
-        schedule: name of the schedule.
+        schedule, warmup_steps: of the learning rate.
         lr: (step, learning rate) at up to 200 steps, the first and the last among them.
         trained_least: fewest trained tokens of a step.
     """
@@ -78,13 +67,11 @@ class RunPlan:
     trained_tokens: int
     squared_lengths: int
     token_budget: int
-    max_length: int
     packed: bool
     balances: tuple[RankBalance, ...]
     measured_steps: int
-    peak_lr: float
-    warmup_steps: int
     schedule: str
+    warmup_steps: int
     lr: tuple[tuple[int, float], ...]
     trained_least: int
 
@@ -116,21 +103,26 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
         check_world(world, sp, config.model.fsdp_config.replicate_size)
     loader = make_loader(config, data.train, data, virtual_mesh(sp, sp))
     total_steps = t.total_training_steps or t.total_epochs * len(loader)
-    schedule = build_schedule(
-        o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
-        decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,
-    )  # fmt: skip
+    schedule = build_schedule(o, total_steps)
     worlds = sorted({*gpus, *(world for world in VIRTUAL_RANKS if world % sp == 0)})
     steps = _spread(total_steps, _MEASURED_STEPS)
     balances = tuple(
         _balance(make_loader(config, data.train, data, virtual_mesh(world, sp)), world, steps) for world in worlds
     )
-    tokens, trained, squares, least = _sums(loader, data, total_steps)
     return RunPlan(
-        loader.order.samples_per_epoch, config.data.train_batch_size, total_steps, len(loader), tokens, trained,
-        squares, config.data.token_budget, config.data.max_length, config.use_remove_padding, balances, len(steps),
-        o.lr, schedule.warmup_steps, schedule.name, _curve(schedule, o.lr), least,
-    )  # fmt: skip
+        samples=loader.order.samples_per_epoch,
+        batch_size=config.data.train_batch_size,
+        total_steps=total_steps,
+        steps_per_epoch=len(loader),
+        token_budget=config.data.token_budget,
+        packed=config.use_remove_padding,
+        balances=balances,
+        measured_steps=len(steps),
+        schedule=schedule.name,
+        warmup_steps=schedule.warmup_steps,
+        lr=tuple((k, o.lr * schedule(k)) for k in _spread(total_steps, _CURVE_POINTS).tolist()),
+        **_sums(loader, data, total_steps),
+    )
 
 
 def virtual_mesh(world: int, sp_size: int) -> Mesh:
@@ -143,45 +135,41 @@ def _spread(total: int, wanted: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(np.int64))
 
 
-def _curve(schedule: LRSchedule, peak: float) -> tuple[tuple[int, float], ...]:
-    return tuple((step, peak * schedule(step)) for step in _spread(schedule.total_steps, _CURVE_POINTS).tolist())
-
-
-def _sums(loader: Loader, data: TrainingData, total_steps: int) -> tuple[int, int, int, int]:
+def _sums(loader: Loader, data: TrainingData, total_steps: int) -> dict[str, int]:
     """Tokens, trained tokens and squared lengths of the whole run, and the fewest trained tokens of a step.
 
-    From all steps of an epoch, which are all alike in what they draw, or from ``_SUMMED_STEPS`` of very many.
+    Taken from all steps of an epoch, as every epoch draws the same samples, or from ``_SUMMED_STEPS`` of very many.
     """
-    lengths, trained = data.train.lengths, data.train.trained
-    sums, least = np.zeros(3), np.inf
-    steps = _spread(min(total_steps, len(loader)), _SUMMED_STEPS)
-    for step in steps.tolist():
-        rows = loader.order.batch(step)
-        sizes = lengths[rows].astype(np.int64)
-        step_trained = int(trained[rows].sum(dtype=np.int64))
-        sums += (sizes.sum(), step_trained, np.square(sizes).sum())
-        least = min(least, step_trained)
-    scaled = sums * (total_steps / len(steps))
-    return int(scaled[0]), int(scaled[1]), int(scaled[2]), int(least)
+    steps = _spread(min(total_steps, len(loader)), _SUMMED_STEPS).tolist()
+    batches = [loader.order.batch(step) for step in steps]
+    sizes = [data.train.lengths[rows].astype(np.int64) for rows in batches]
+    trained = [int(data.train.trained[rows].sum(dtype=np.int64)) for rows in batches]
+    scale = total_steps / len(steps)
+    return {
+        "tokens": int(scale * sum(int(lengths.sum()) for lengths in sizes)),
+        "trained_tokens": int(scale * sum(trained)),
+        "squared_lengths": int(scale * sum(int(np.square(lengths).sum()) for lengths in sizes)),
+        "trained_least": min(trained),
+    }
 
 
 def _balance(loader: Loader, world: int, steps: NDArray[np.int64]) -> RankBalance:
     """The balance of the loader's plan over some steps."""
-    planned: list[Balance] = []
+    planned: list[tuple[float, ...]] = []
     in_order: list[Balance] = []
     idle = 0
     for step in steps.tolist():
         rows, plan = loader.plan(step)
         lengths = loader.store.lengths[rows]
-        planned.append(measure(plan, lengths, loader.attention_cost))
+        planned.append(astuple(measure(plan, lengths, loader.attention_cost)))
         in_order.append(measure(in_order_plan(len(rows), loader.dp_size), lengths, loader.attention_cost))
         idle += sum(not any(rank) for rank in plan)
-
-    def mean(values: Sequence[Balance], name: str) -> float:
-        return float(np.mean([getattr(value, name) for value in values]))
-
+    means: dict[str, Any] = dict(zip((f.name for f in fields(Balance)), np.mean(planned, axis=0).tolist(), strict=True))
     return RankBalance(
-        world, loader.dp_size, mean(planned, "micro_batches"), mean(planned, "fill"), mean(planned, "tokens"),
-        mean(planned, "cost"), mean(in_order, "tokens"), mean(in_order, "cost"), mean(planned, "lockstep"),
-        idle / len(steps) * (world // loader.dp_size),
-    )  # fmt: skip
+        **means,
+        gpus=world,
+        dp_size=loader.dp_size,
+        in_order_tokens=float(np.mean([balance.tokens for balance in in_order])),
+        in_order_cost=float(np.mean([balance.cost for balance in in_order])),
+        idle=idle / len(steps) * (world // loader.dp_size),
+    )

@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from fsdpsft.tools.charts import sparkline
 from fsdpsft.tools.facts import Histogram, Piece, ShownSample, SourceFacts
 from fsdpsft.tools.footprint import GIB, Footprint
 from fsdpsft.tools.proof import CLAIMS, NOTES, Group, HistoryCost, Proof
 from fsdpsft.tools.run_plan import RunPlan
 
 EXAMPLES = 3
-_BAR, _CURVE_WIDTH, _CURVE_HEIGHT = 40, 60, 6
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 40
 _RANGES = 40
 # Control characters would act on the terminal, and marks of writing direction could make a text look like another.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -130,17 +130,10 @@ def sources_text(sources: Sequence[SourceFacts], style: Style) -> str:
 
 
 def histogram_text(histogram: Histogram, style: Style) -> str:
-    """Bars of samples by length."""
-    most = max(histogram.counts)
-    lines = []
-    for place, count in enumerate(histogram.counts):
-        bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
-        lines.append(f"  {(place + 1) * histogram.width:>8,}  {bar.ljust(_BAR)}  {count:,}")
-    caption = (
-        f"  up to … tokens; median {histogram.median:,}, 95 % up to {histogram.percentile_95:,}, longest "
-        f"{histogram.longest:,}"
-    )
-    return heading("Lengths", style) + "\n".join(lines) + "\n" + style.faint(caption) + "\n"
+    """Samples by length, in one line."""
+    h = histogram
+    caption = f"median {h.median:,}, 95 % up to {h.percentile_95:,}, longest {h.longest:,} tokens"
+    return heading("Lengths", style) + f"  {sparkline(h.counts)}  {style.faint(caption)}\n"
 
 
 def plan_text(plan: RunPlan, style: Style) -> str:
@@ -167,17 +160,10 @@ def plan_text(plan: RunPlan, style: Style) -> str:
 
 
 def curve_text(plan: RunPlan, style: Style) -> str:
-    """The learning rate over the steps."""
-    top = max(rate for _, rate in plan.lr) or 1.0
-    points = [plan.lr[round(x * (len(plan.lr) - 1) / (_CURVE_WIDTH - 1))][1] for x in range(_CURVE_WIDTH)]
-    levels = [round(rate / top * _CURVE_HEIGHT * 8) for rate in points]
-    lines = []
-    for row in reversed(range(_CURVE_HEIGHT)):
-        label = f"{top:.2e}" if row == _CURVE_HEIGHT - 1 else ("0" if row == 0 else "")
-        lines.append(f"  {label:>9} ┤" + "".join(_EIGHTHS[min(max(level - 8 * row, 0), 8)] for level in levels))
-    axis = f"  {'step':>9}  0{number(plan.total_steps - 1):>{_CURVE_WIDTH - 1}}"
-    caption = f"  {plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
-    return heading("Learning rate", style) + "\n".join([*lines, axis, style.faint(caption)]) + "\n"
+    """The learning rate over the steps, in one line."""
+    rates = [plan.lr[round(x * (len(plan.lr) - 1) / (_CURVE_WIDTH - 1))][1] for x in range(_CURVE_WIDTH)]
+    caption = f"{plan.schedule} to {max(rates):.2e}, {counted(plan.warmup_steps, 'step')} of warm-up"
+    return heading("Learning rate", style) + f"  {sparkline(rates)}  {style.faint(caption)}\n"
 
 
 def footprint_text(footprint: Footprint, style: Style) -> str:
@@ -185,8 +171,8 @@ def footprint_text(footprint: Footprint, style: Style) -> str:
     f = footprint
     rows = [["memory of a GPU, estimated", ""]]
     rows += [[name, pretty_bytes(size)] for name, size in f.memory.items()]
-    rows += [["together", pretty_bytes(f.total_bytes)], ["activation checkpointing", f.checkpointing]]
-    rows += [["in host memory for each GPU", pretty_bytes(f.host_bytes)]] if f.host_bytes else []
+    rows += [["together", pretty_bytes(sum(f.memory.values()))], ["activation checkpointing", f.checkpointing]]
+    rows += [[f"in host memory for each GPU: {name}", pretty_bytes(size)] for name, size in f.host.items()]
     head = f"  {number(f.parameters)} parameters, {number(f.trained_parameters)} of them trained\n"
     tail = (
         f"  {f.flops:.3g} FLOPs in all: {pretty_time(f.seconds)} on {f.gpus} x {f.gpu} at {100 * f.mfu:g} % of their "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,3 +92,24 @@ def test_weights_are_gathered_and_gradients_reduced_as_often_as_said(tmp_path: P
             # Frozen weights send nothing. The root's gradients are reduced once a micro-batch, as the blocks' are.
             assert inside > 0
             assert reduced == [4 * MICRO_BATCHES * (root + inside)] * 2
+
+
+def norms_and_weights(folder: Path) -> list[tuple[float, list[torch.Tensor]]]:
+    """Gradient norm and weights after one step, with gradients summed at each micro-batch and once a step."""
+    found = []
+    for sync_every in (True, False):
+        config = load_config([f"model.partial_pretrain={folder}", "data.train_files=null"])
+        model = build_model(folder, config.model, init_mesh(torch.device("cpu")), packed=True, seed=0)
+        optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
+        stats = train_step(model, optimizer, a_step(model.mesh.rank), None, sync_every)
+        weights = [p.full_tensor().detach() for p in model.module.parameters()]  # type: ignore[attr-defined]
+        found.append((stats.grad_norm.item(), weights))
+    return found
+
+
+def test_gradients_summed_once_a_step_are_those_of_all_micro_batches(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, num_hidden_layers=BLOCKS)
+    for (norm, weights), (norm_of_last, weights_of_last) in run_distributed(norms_and_weights, 2, tmp_path):
+        assert norm_of_last == pytest.approx(norm, rel=1e-5)
+        for weight, weight_of_last in zip(weights, weights_of_last, strict=True):
+            torch.testing.assert_close(weight_of_last, weight, rtol=1e-5, atol=1e-6)

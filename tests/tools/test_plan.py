@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from fsdpsft.checkpoint.pieces import pinned_bytes
 from fsdpsft.config.load import Config, load_config
 from fsdpsft.data.batches.packing import in_order_plan
 from fsdpsft.distributed.mesh import Mesh
@@ -18,6 +19,7 @@ from fsdpsft.errors import ConfigError
 from fsdpsft.prepare import prepare_data
 from fsdpsft.run import make_loader
 from fsdpsft.testing import save_tiny_model
+from fsdpsft.tools.charts import sparkline
 from fsdpsft.tools.footprint import estimate
 from fsdpsft.tools.plan import Options, main, plan
 from fsdpsft.tools.run_plan import plan_run, virtual_mesh
@@ -109,7 +111,7 @@ def test_the_curve_is_the_schedule(config: Callable[..., Config]) -> None:
     curve = dict(found.lr)
     assert len(curve) == 200 and curve[0] == pytest.approx(0.05)
     assert curve[999] == pytest.approx(0.5 * (1 - 989 / 990))
-    assert (found.schedule, found.warmup_steps, found.peak_lr) == ("linear", 10, 0.5)
+    assert (found.schedule, found.warmup_steps) == ("linear", 10)
 
 
 def test_the_footprint_counts_the_model(config: Callable[..., Config], folder: Path) -> None:
@@ -137,7 +139,16 @@ def test_the_footprint_counts_the_model(config: Callable[..., Config], folder: P
     ]
     assert "gathered weights" not in kept[0]
     offloaded = estimate(config("model.fsdp_config.offload_params=true"), data, run, gpus=8, gpu="H100", mfu=1)
-    assert offloaded.host_bytes == 16 * model.num_parameters() / 8 and "weights" not in offloaded.memory
+    assert "weights" not in offloaded.memory
+    shares = [-(-len(p) // 8) * p[0].numel() * 4 for p in model.parameters()]
+    rounded = sum(1 << (size - 1).bit_length() for size in shares)  # as torch takes page-locked memory
+    assert offloaded.host["weights"] == offloaded.host["gradients"] == rounded > 4 * model.num_parameters() / 8
+    assert offloaded.host["AdamW's moments"] == 8 * model.num_parameters() / 8
+    staged = pinned_bytes([size for size in shares for _ in range(3)])  # weights and two moments
+    assert found.host == {"copies for saving in the background": staged}
+    model_alone = estimate(config("trainer.save_contents=[model]"), data, run, gpus=8, gpu="H100", mfu=1).host
+    assert model_alone["copies for saving in the background"] == pinned_bytes(shares)
+    assert estimate(config("trainer.async_save=false"), data, run, gpus=8, gpu="H100", mfu=1).host == {}
 
 
 def test_the_command_prints_it_all(arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +163,12 @@ def test_the_command_prints_it_all(arguments: Callable[..., list[str]], capsys: 
         assert text in out
     run, footprint = plan(load_config(arguments()), Options())
     assert (footprint.gpus, run.balances[0].gpus) == (8, 8)
+
+
+def test_a_line_of_block_characters() -> None:
+    assert sparkline([0, 1, 50, 100, 800]) == " ▁▁▁█"
+    assert sparkline([0.0, 0.5, 1.0]) == " ▄█"
+    assert sparkline([0, 0]) == "  "
 
 
 @pytest.mark.parametrize(
