@@ -57,7 +57,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was as
         super().__init__(
             f"stopped by request after step {step}; it is saved, and goes on from there when started again"
             if step
-            else "stopped by request before the first step: nothing was trained or saved, and what was begun is removed"
+            else "stopped by request before the first step of this start; what it had begun is removed"
         )
         self.step = step
 
@@ -108,9 +108,6 @@ class StopSignal:
         self._over.set()
         if self._watcher.is_alive():
             self._watcher.join()
-        if self._pending is not None and self._pending[0] is not None and error is None:
-            self._pending[0].wait()
-        self._pending = None
 
     def begin(self, timeout: timedelta | None = None) -> None:
         """From now on a request waits for the end of the step. Collective where ``torch.distributed`` is initialised.
@@ -156,6 +153,11 @@ class StopSignal:
             work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (work, value)
         return agreed
+
+    def settle(self) -> None:
+        """Wait for what ``poll`` has under way; before the process group is left."""
+        self._result()
+        self._pending = None
 
     def _result(self) -> Request:
         if self._pending is None:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader
-from fsdpsft.data.batches.packing import Balance, in_order_plan, measure
+from fsdpsft.data.batches.packing import Balance, assign_in_order, measure
 from fsdpsft.distributed.mesh import Mesh, check_world
-from fsdpsft.lr_schedule import LRSchedule, build_schedule
-from fsdpsft.prepare import TrainingData
-from fsdpsft.run import make_loader
+from fsdpsft.lr_schedule import LRSchedule
+from fsdpsft.prepare import TrainingData, make_loader, make_schedule
 
 VIRTUAL_RANKS = (8, 64)
 _MEASURED_STEPS = 32
@@ -111,15 +110,12 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
         DataError: a sample does not fit into the token budget.
         ConfigError: the processes cannot be arranged as asked.
     """
-    sp, o, t = config.ulysses_sequence_parallel_size, config.optim, config.trainer
+    sp = config.ulysses_sequence_parallel_size
     for world in gpus:
         check_world(world, sp, config.model.fsdp_config.replicate_size)
     loader = make_loader(config, data.train, data, virtual_mesh(sp, sp))
-    total_steps = t.total_training_steps or t.total_epochs * len(loader)
-    schedule = build_schedule(
-        o.lr_scheduler, total_steps, warmup_steps=o.warmup_steps, warmup_ratio=o.warmup_steps_ratio,
-        decay_ratio=o.decay_ratio, decay_shape=o.decay_shape, min_ratio=o.min_lr_ratio,
-    )  # fmt: skip
+    schedule = make_schedule(config, len(loader))
+    total_steps = schedule.total_steps
     worlds = sorted({*gpus, *(world for world in VIRTUAL_RANKS if world % sp == 0)})
     steps = _spread(total_steps, _MEASURED_STEPS)
     balances = tuple(
@@ -129,7 +125,7 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
     return RunPlan(
         loader.order.samples_per_epoch, config.data.train_batch_size, total_steps, len(loader), tokens, trained,
         squares, config.data.token_budget, config.data.max_length, config.use_remove_padding, balances, len(steps),
-        o.lr, schedule.warmup_steps, schedule.name, _curve(schedule, o.lr), least,
+        config.optim.lr, schedule.warmup_steps, schedule.name, _curve(schedule, config.optim.lr), least,
     )  # fmt: skip
 
 
@@ -169,19 +165,20 @@ def _balance(loader: Loader, world: int, steps: NDArray[np.int64]) -> RankBalanc
     """The balance of the loader's plan over some steps."""
     planned: list[Balance] = []
     in_order: list[Balance] = []
+    dp_size = loader.settings.dp_size
     idle = 0
     for step in steps.tolist():
-        rows, plan = loader.plan(step)
+        rows, assignment = loader.assign(step)
         lengths = loader.store.lengths[rows]
-        planned.append(measure(plan, lengths, loader.attention_cost))
-        in_order.append(measure(in_order_plan(len(rows), loader.dp_size), lengths, loader.attention_cost))
-        idle += sum(not any(rank) for rank in plan)
+        planned.append(measure(assignment, lengths))
+        in_order.append(measure(assign_in_order(len(rows), dp_size), lengths))
+        idle += sum(not any(rank) for rank in assignment)
 
     def mean(values: Sequence[Balance], name: str) -> float:
         return float(np.mean([getattr(value, name) for value in values]))
 
     return RankBalance(
-        world, loader.dp_size, mean(planned, "micro_batches"), mean(planned, "fill"), mean(planned, "tokens"),
+        world, dp_size, mean(planned, "micro_batches"), mean(planned, "fill"), mean(planned, "tokens"),
         mean(planned, "cost"), mean(in_order, "tokens"), mean(in_order, "cost"), mean(planned, "lockstep"),
-        idle / len(steps) * (world // loader.dp_size),
+        idle / len(steps) * (world // dp_size),
     )  # fmt: skip

@@ -147,7 +147,10 @@ class TokenStore:
         return cls(
             tokens=arrays["tokens"],
             runs=arrays["runs"],
-            **{name: arrays[name] for name in COLUMNS},
+            lengths=arrays["lengths"],
+            trained=arrays["trained"],
+            weights=arrays["weights"],
+            row_numbers=arrays["row_numbers"],
             offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
             run_offsets=np.concatenate([[0], np.cumsum(arrays["run_counts"], dtype=np.int64)]),
             source_names=tuple(counts),

@@ -128,9 +128,10 @@ def cache_folders(cache_dir: str | Path | None) -> list[Path]:
 
 def _is_of(cache: Path, error: OSError) -> bool:
     """Whether an error came from writing to ``cache``; a full disk is named by no file."""
-    named = isinstance(error.filename, str | Path) and Path(error.filename)
-    about = bool(named) and (named.is_relative_to(cache) or cache.is_relative_to(named))
-    return error.errno in _NOT_WRITABLE or about
+    if error.errno in _NOT_WRITABLE or not isinstance(error.filename, str | Path):
+        return error.errno in _NOT_WRITABLE
+    named = Path(error.filename)
+    return named.is_relative_to(cache) or cache.is_relative_to(named)
 
 
 def _open_or_build_in(
@@ -228,11 +229,15 @@ def _sweep(folder: Path) -> None:
 
 def _tell_of_unreadable(cache: Path) -> None:
     """Name the stores that only take space: those of earlier versions."""
-    unreadable = [path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None]
+    unreadable = [
+        path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None
+    ]
     if unreadable:
         log.info(
             "%s holds %d token stores of an earlier version, which are not used any more and may be deleted: %s",
-            cache, len(unreadable), ", ".join(sorted(unreadable)),
+            cache,
+            len(unreadable),
+            ", ".join(sorted(unreadable)),
         )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsdpsft.batch import IGNORE_INDEX
-from fsdpsft.data.batches.loader import STEPS_AHEAD, Loader
+from fsdpsft.data.batches.loader import STEPS_AHEAD, Loader, LoaderSettings
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.errors import ConfigError, DataError
 
@@ -32,7 +32,7 @@ def make_store(count=37, seed=0, longest=50, sources=None):
 
 def loader_of(store, **changes):
     arguments = {"train_batch_size": 8, "token_budget": 64, "pad_token_id": PAD, "seed": 3}
-    return Loader(store, **{**arguments, **changes})
+    return Loader(store, LoaderSettings(**{**arguments, **changes}))
 
 
 def documents(batch):
