@@ -59,7 +59,8 @@ def test_a_worker_alone_in_the_rendezvous_ends_with_its_launcher(tmp_path: Path)
     out = tmp_path / "out"
     settings = [
         f"data.train_files={tmp_path / 'rows.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}",
-        "data.train_batch_size=2", f"model.partial_pretrain={save_tiny_model(tmp_path / 'model')}", f"trainer.default_local_dir={out}",
+        "data.train_batch_size=2", f"model.partial_pretrain={save_tiny_model(tmp_path / 'model')}",
+        f"trainer.default_local_dir={out}",
     ]  # fmt: skip
     environment = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
