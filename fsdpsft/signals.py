@@ -11,13 +11,13 @@ Before the first step there is nothing to save: a signal then raises ``Stopped``
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -191,9 +191,6 @@ class StopSignal:
 
 
 def _tell(message: str) -> None:
-    """Write to standard error, which the launcher may have been reading."""
-    try:
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} process {os.getpid()}: {message}\n")
+    with contextlib.suppress(OSError):  # the launcher may have been reading it
+        sys.stderr.write(f"process {os.getpid()}: {message}\n")
         sys.stderr.flush()
-    except OSError:
-        return

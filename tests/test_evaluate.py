@@ -17,6 +17,7 @@ from fsdpsft.evaluate import evaluate
 from fsdpsft.model.memory import Work
 from fsdpsft.parallelize import build_model
 from fsdpsft.testing import run_distributed, save_tiny_model
+from tests.data.memory_store import memory_store
 from tests.parity.reference import sample_loss
 
 COUNTS = {"maths": 7, "chat": 4}
@@ -30,7 +31,7 @@ def store() -> TokenStore:
         weights = generator.choice([0.0, 1.0, 0.5], length)
         weights[-1] = 1.0
         samples.append((generator.integers(3, 250, length).tolist(), weights.tolist()))
-    return TokenStore.from_samples(samples, COUNTS)
+    return memory_store(samples, COUNTS)
 
 
 def run_evaluation(path: Path, batch_size: int, budget: int, sp_size: int = 1) -> dict[str, float]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class TokenStore:
         source_names: the sources, in the order their samples are stored.
         source_counts: samples of each source.
         files: (file, samples) in the order of storage.
-        fingerprint: the key the store was built for; empty for one in memory.
+        fingerprint: the key the store was built for.
         stats: counts of what was truncated, dropped, skipped or found twice, by source and reason.
     """
 
@@ -130,34 +130,6 @@ class TokenStore:
             stats=json.loads((folder / STATS).read_text()),
         )
 
-    @classmethod
-    def from_samples(
-        cls, samples: Iterable[tuple[Sequence[int], Sequence[float]]], source_counts: Mapping[str, int] | None = None
-    ) -> TokenStore:
-        """Make a store in memory, for tests and small experiments.
-
-        Args:
-            samples: (token ids, loss weights) pairs of equal length, those of one source next to each other.
-            source_counts: number of samples of each source; one source called "memory" when None.
-        """
-        arrays = columns_of([(np.asarray(ids), np.asarray(weights), row) for row, (ids, weights) in enumerate(samples)])
-        counts = source_counts if source_counts is not None else {"memory": len(arrays["lengths"])}
-        if sum(counts.values()) != len(arrays["lengths"]):
-            raise DataError(f"source_counts name {sum(counts.values())} samples, there are {len(arrays['lengths'])}.")
-        return cls(
-            tokens=arrays["tokens"],
-            runs=arrays["runs"],
-            lengths=arrays["lengths"],
-            trained=arrays["trained"],
-            weights=arrays["weights"],
-            row_numbers=arrays["row_numbers"],
-            offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
-            run_offsets=np.concatenate([[0], np.cumsum(arrays["run_counts"], dtype=np.int64)]),
-            source_names=tuple(counts),
-            source_counts=tuple(counts.values()),
-            files=tuple(counts.items()),
-        )
-
 
 def columns_of(samples: Sequence[Laid]) -> dict[str, NDArray[Any]]:
     """Lay (token ids, loss weights, row number) triples out as arrays; run_counts stand for offsets."""
@@ -223,6 +195,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if content["version"] != STORE_VERSION:
         raise DataError(f"{folder} is a token store of version {content['version']}, this one reads {STORE_VERSION}")
     return content
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether the manifest of a store is one that this version reads; its arrays are not looked at."""
+    try:
+        return bool(_read_manifest(folder))
+    except DataError:
+        return False
 
 
 def _check_file(path: Path, size: int, digest: str | None) -> None:

@@ -38,6 +38,7 @@ from fsdpsft.data.batches.store import (
     STORE_VERSION,
     TokenStore,
     digest_of,
+    is_readable,
     sealed,
 )
 from fsdpsft.data.batches.store_parts import HASH_DTYPE, PART_ARRAYS, BuildOptions, Encoder, Job, Tally
@@ -105,7 +106,13 @@ def open_or_build(
     faults: list[str] = []
     for cache in caches:
         try:
-            store = _open_or_build_in(cache / key, sources, encoder, options, progress)
+            folder = cache / key
+            with _building(folder) as alone:
+                store = _open_if_whole(folder, every_byte, quiet=True)  # the one we waited for may have made it
+                if store is None:
+                    _sweep(folder, alone)
+                    build(folder, sources, encoder, options, fingerprint=key, progress=progress)
+                    store = TokenStore.open(folder)
         except OSError as error:
             if not _is_of(cache, error):
                 raise
@@ -132,25 +139,6 @@ def _is_of(cache: Path, error: OSError) -> bool:
         return error.errno in _NOT_WRITABLE
     named = Path(error.filename)
     return named.is_relative_to(cache) or cache.is_relative_to(named)
-
-
-def _open_or_build_in(
-    folder: Path, sources: Sequence[Source], encoder: Encoder, options: BuildOptions, progress: bool
-) -> TokenStore:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_suffix(".lock")
-    try:
-        with exclusive(lock, "tokenising the same data", BUILD_SECONDS) as held:
-            store = _open_if_whole(folder, quiet=True)  # the one we waited for may have made it
-            if store is None:
-                if held:
-                    _sweep(folder)
-                _tell_of_unreadable(folder.parent)
-                build(folder, sources, encoder, options, fingerprint=folder.name, progress=progress)
-                store = TokenStore.open(folder)
-            return store
-    except LockHeldError as error:
-        raise DataError(f"waited a day for {error.owner}, which tokenises the same data ({lock}); end it") from error
 
 
 def store_key(sources: Sequence[Source], encoder: Encoder, options: BuildOptions, caches: Sequence[Path]) -> str:
@@ -193,7 +181,7 @@ def _open_if_whole(folder: Path, every_byte: bool = False, quiet: bool = False) 
         return None
     try:
         return TokenStore.open(folder, every_byte)
-    except DataError as error:
+    except (DataError, OSError) as error:  # unreadable, or another process is just removing it
         if not quiet:
             log.warning("%s; the data is tokenised anew", error)
         return None
@@ -219,26 +207,28 @@ def _wait_for(folders: Sequence[Path]) -> TokenStore:
     raise DataError(f"Waited {time.monotonic() - started:.0f} s for the tokenised data in {folders[0]}, and {fault}.")
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what builders that died have left, and a damaged store. Only under the lock."""
-    for remains in folder.parent.glob(f".building-{folder.name}-*"):
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[bool]:
+    """Let one process at a time build the store ``folder``; False where the file system has no locks for that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    try:
+        with exclusive(lock, "tokenising the same data", BUILD_SECONDS) as alone:
+            yield alone
+    except LockHeldError as error:
+        raise DataError(f"waited a day for {error.owner}, which tokenises the same data ({lock}); end it") from error
+
+
+def _sweep(folder: Path, alone: bool) -> None:
+    """Delete a damaged store and what builders that died have left, and name stores that only take space."""
+    for remains in folder.parent.glob(f".building-{folder.name}-*") if alone else ():
         shutil.rmtree(remains, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _tell_of_unreadable(cache: Path) -> None:
-    """Name the stores that only take space: those of earlier versions."""
-    unreadable = [
-        path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None
-    ]
-    if unreadable:
-        log.info(
-            "%s holds %d token stores of an earlier version, which are not used any more and may be deleted: %s",
-            cache,
-            len(unreadable),
-            ", ".join(sorted(unreadable)),
-        )
+    old = sorted(path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}") if not is_readable(path.parent))
+    if old:
+        names = ", ".join(old)
+        log.info(f"{folder.parent} holds {len(old)} token stores of an earlier version, never read again: {names}")
 
 
 # --------------------------------------------------------------------------------------------------------------- build

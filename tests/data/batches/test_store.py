@@ -15,6 +15,7 @@ from fsdpsft.data.batches.store_parts import BuildOptions, truncate
 from fsdpsft.data.mask.template import Encoded
 from fsdpsft.data.rows.sources import Row, resolve_sources
 from fsdpsft.errors import DataError, RowError
+from tests.data.memory_store import memory_store
 from tests.data.toy_encoder import ToyEncoder, write_rows
 
 NO_PROCESSES = {"num_workers": 1, "max_bad_share": 1.0}
@@ -59,7 +60,7 @@ def test_round_trip(tmp_path, vocab, dtype):
 
 def test_in_memory_store_is_the_same(tmp_path):
     on_disk = build_from(tmp_path, ROWS)
-    in_memory = TokenStore.from_samples([(row["ids"], row["weights"]) for row in ROWS])
+    in_memory = memory_store([(row["ids"], row["weights"]) for row in ROWS])
     assert contents(in_memory) == contents(on_disk)
     for name in ("lengths", "trained", "weights", "offsets", "run_offsets", "row_numbers"):
         assert getattr(in_memory, name).tolist() == getattr(on_disk, name).tolist()
@@ -91,7 +92,7 @@ def test_sources_keep_their_order_and_names(tmp_path):
 
 
 def test_no_such_sample():
-    store = TokenStore.from_samples([([1, 2], [1, 1])])
+    store = memory_store([([1, 2], [1, 1])])
     with pytest.raises(IndexError):
         store.sample(1)
     with pytest.raises(IndexError):
@@ -158,6 +159,17 @@ def test_large_arrays_are_hashed_when_asked_for(tmp_path, monkeypatch):
     TokenStore.open(tmp_path / "store")
     with pytest.raises(DataError, match=r"tokens\.bin is not as it was written"):
         TokenStore.open(tmp_path / "store", every_byte=True)
+
+
+def test_a_large_array_found_damaged_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "SMALL_BYTES", 8)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    sources, options = resolve_sources(str(tmp_path / "rows.jsonl")), BuildOptions(num_workers=1)
+    first = open_or_build(sources, ToyEncoder(), options, tmp_path / "cache", progress=False)
+    tokens = tmp_path / "cache" / first.fingerprint / "tokens.bin"
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    again = open_or_build(sources, ToyEncoder(), options, tmp_path / "cache", progress=False, every_byte=True)
+    assert contents(again) == [(row["ids"], row["weights"]) for row in ROWS]
 
 
 # ------------------------------------------------------------------------------------------------- truncation, bad rows
