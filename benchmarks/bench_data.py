@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from fsdpsft.batch import Sample
-from fsdpsft.data.batches.loader import Loader
-from fsdpsft.data.batches.packing import Order, in_order_plan, measure, plan_step
+from fsdpsft.data.batches.loader import Loader, LoaderSettings
+from fsdpsft.data.batches.packing import Order, assign_in_order, assign_step, measure
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
@@ -64,7 +64,7 @@ def bench_order(arguments: argparse.Namespace) -> dict[str, Any]:
     choosing = time.perf_counter() - start
     start = time.perf_counter()
     for rows in chosen:
-        plan_step(lengths[rows], dp_size=64, token_budget=LONGEST)
+        assign_step(lengths[rows], dp_size=64, token_budget=LONGEST)
     planning = time.perf_counter() - start
     mixed = Order((count // 2, count // 4, count // 4), batch_size, seed=1, weights=(0.5, 2.0, 1.0))
     start = time.perf_counter()
@@ -96,10 +96,10 @@ def bench_balance(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for step in range(50):
             lengths = np.minimum(lengths_of(batch_size, seed=step), budget)
             start = time.perf_counter()
-            plan = plan_step(lengths, dp_size=ranks, token_budget=budget)
+            plan = assign_step(lengths, dp_size=ranks, token_budget=budget)
             seconds += time.perf_counter() - start
             ours.append(asdict(measure(plan, lengths)))
-            in_order.append(asdict(measure(in_order_plan(batch_size, ranks), lengths)))
+            in_order.append(asdict(measure(assign_in_order(batch_size, ranks), lengths)))
         mean = [{k: float(np.mean([m[k] for m in many])) for k in many[0]} for many in (ours, in_order)]
         case = {"ranks": ranks, "batch_size": batch_size, "token_budget": budget, "plan_ms": seconds / 50 * 1e3}
         results.append({**case, "planned": mean[0], "in_order": mean[1]})
@@ -166,7 +166,7 @@ def open_warm(folder: Path, rows: int, results: Any) -> None:
     encoder = RowEncoder(sources, tokenizer)
     store = open_or_build(sources, encoder, BuildOptions(), folder / "cache", may_build=False)
     results["open_seconds"] = time.perf_counter() - start
-    loader = Loader(store, train_batch_size=256, token_budget=4096, pad_token_id=0)
+    loader = Loader(store, LoaderSettings(train_batch_size=256, token_budget=4096, pad_token_id=0))
     loader.step(0)
     results["open_and_first_step_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -232,7 +232,7 @@ class LengthsOnDisk:
                 file.write(piece[: count - start].tobytes())
         self.lengths = self.trained = np.memmap(folder / f"{count}.bin", np.int32, mode="r")
         self.weights, self.source_counts = self.lengths, (count,)
-        self.source_ids, self.source_names = np.broadcast_to(np.uint16(0), count), ["made up"]
+        self.source_names = ["made up"]
 
     def sample(self, index: int) -> Sample:
         """All tokens trained."""
@@ -251,7 +251,7 @@ def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
         for count in (10_000, 100_000, 1_000_000, 10_000_000):
             before = status("RssAnon")
             store = LengthsOnDisk(count, Path(scratch))
-            loaders[count] = Loader(store, train_batch_size=256, token_budget=LONGEST, pad_token_id=0)
+            loaders[count] = Loader(store, LoaderSettings(train_batch_size=256, token_budget=LONGEST, pad_token_id=0))
             loaders[count].step(0)
             seconds[count], grown[count] = [], status("RssAnon") - before
         for step in range(30):

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from fsdpsft.batch import PackedBatch, Sample, pack
-from fsdpsft.data.batches.packing import plan_step
+from fsdpsft.data.batches.packing import assign_step
 
 MEAN, SQUARED_CV, LONGEST, TRAINED = 840, 1.69, 4096, 0.35  # of the chats: lognormal, CV 1.3
 GATE_LONGEST, GATE_EVERY = 24, 4  # tokens of the gate's rows; of so many rows one has a trained token, its last
@@ -117,7 +117,7 @@ class Work:
 
     def groups(self, budget: int) -> list[list[int]]:
         """The step's rows as micro-batches of at most ``budget`` tokens."""
-        (plan,) = plan_step(self.lengths, dp_size=1, token_budget=budget)
+        (plan,) = assign_step(self.lengths, dp_size=1, token_budget=budget)
         return [list(map(int, positions)) for positions in plan]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import fsdpsft.distributed.launcher  # noqa: F401 - looks at once who started this process
 from fsdpsft.config.load import load_config
 from fsdpsft.config.schema import Config
 

@@ -1,4 +1,7 @@
-"""From settings to tokenised data: what training, the check and the plan all start from. Needs no process group."""
+"""From settings to tokenised data, its loaders and the learning rate: what training, the check and the plan start from.
+
+Needs no process group.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,20 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fsdpsft.config.schema import Config, DataConfig
+from fsdpsft.data.batches.loader import Loader, LoaderSettings, SampleStore
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.rows.conversation import RowFormat
 from fsdpsft.data.rows.sources import Source, resolve_sources
-from fsdpsft.distributed.mesh import env_local_rank, env_rank
+from fsdpsft.distributed.mesh import Mesh, env_local_rank, env_rank
 from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.model.load import load_tokenizer, resolve_model_path
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CACHE = "~/.cache/fsdpsft"
 _STOP_SAMPLES = 32
 
 
@@ -34,7 +38,6 @@ class TrainingData:
 
     Attributes:
         model_path: local folder of the model.
-        tokenizer: the model's.
         encoder: turned the rows into tokens; holds the chat template.
         train: the training samples; ``validation``: None without ``data.val_files``.
         source_weights: draws per sample and epoch of each training source; None where all are 1.
@@ -66,11 +69,16 @@ def row_format(data: DataConfig) -> RowFormat:
     """The columns' meaning, in the data side's own terms."""
     return RowFormat(
         format="messages" if data.multiturn.enable and data.format == "auto" else data.format,
-        prompt_key=data.prompt_key, response_key=data.response_key,
-        prompt_dict_keys=tuple(data.prompt_dict_keys or ()), response_dict_keys=tuple(data.response_dict_keys or ()),
-        messages_key=data.multiturn.messages_key, system_key=data.system_key, tools_key=data.tools_key,
-        enable_thinking_key=data.multiturn.enable_thinking_key, train_on_turns=data.train_on_turns,
-    )  # fmt: skip
+        prompt_key=data.prompt_key,
+        response_key=data.response_key,
+        prompt_dict_keys=tuple(data.prompt_dict_keys or ()),
+        response_dict_keys=tuple(data.response_dict_keys or ()),
+        messages_key=data.multiturn.messages_key,
+        system_key=data.system_key,
+        tools_key=data.tools_key,
+        enable_thinking_key=data.multiturn.enable_thinking_key,
+        train_on_turns=data.train_on_turns,
+    )
 
 
 def generation_eos(model_path: Path) -> tuple[int, ...]:
@@ -88,16 +96,26 @@ def make_encoder(
     data: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]
 ) -> RowEncoder:
     """What turns the rows of ``sources`` into tokens and masks."""
-    custom = (data.custom_cls.path, data.custom_cls.name)
+    path, name = data.custom_cls.path, data.custom_cls.name
     return RowEncoder(
-        sources, tokenizer, row_format(data), data.chat_template, data.chat_template_kwargs,
-        data.special_tokens_in_content, data.history, eos_token_ids,  # type: ignore[arg-type]
-        None if custom[0] is None or custom[1] is None else (custom[0], custom[1]),
-    )  # fmt: skip
+        sources,
+        tokenizer,
+        row_format(data),
+        chat_template=data.chat_template,
+        template_kwargs=data.chat_template_kwargs,
+        special_tokens_in_content=data.special_tokens_in_content,  # type: ignore[arg-type]
+        history=data.history,  # type: ignore[arg-type]
+        eos_token_ids=eos_token_ids,
+        custom_cls=None if path is None or name is None else (path, name),
+    )
 
 
-def prepare_data(config: Config) -> TrainingData:
+def prepare_data(config: Config, every_byte: bool = False) -> TrainingData:
     """Find the model and the files, and tokenise what is not tokenised yet; the other local processes wait for it.
+
+    Args:
+        config: the settings.
+        every_byte: compare the hash of every tokenised array with what was written, which reads all of them.
 
     Raises:
         UserError: a model, file, row or template that cannot be used; nothing large has been loaded by then.
@@ -109,23 +127,61 @@ def prepare_data(config: Config) -> TrainingData:
     model_path = resolve_model_path(config.model.partial_pretrain)
     tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
     eos = generation_eos(model_path)
-    encoder = make_encoder(d, sources, tokenizer, eos)
     options = BuildOptions(d.max_length, d.truncation, d.on_bad_row, d.max_bad_share, d.num_workers)
-    cache = Path(d.cache_dir or DEFAULT_CACHE).expanduser()
-    show = env_rank() == 0
-    train = open_or_build(sources, encoder, options, cache, may_build=leader, progress=show)
+
+    def tokenised(sources: list[Source], encoder: RowEncoder) -> TokenStore:
+        return open_or_build(
+            sources, encoder, options, d.cache_dir, may_build=leader, progress=env_rank() == 0, every_byte=every_byte
+        )
+
+    encoder = make_encoder(d, sources, tokenizer, eos)
+    train = tokenised(sources, encoder)
     check_size(train, config)
-    validation = None
-    if held_out:
-        val_encoder = make_encoder(d, held_out, tokenizer, eos)
-        validation = open_or_build(held_out, val_encoder, options, cache, may_build=leader, progress=show)
-        if not validation.trained.any():
-            raise DataError("data.val_files has no trained token, so there is no validation loss")
+    validation = tokenised(held_out, make_encoder(d, held_out, tokenizer, eos)) if held_out else None
+    if validation is not None and not validation.trained.any():
+        raise DataError("data.val_files has no trained token, so there is no validation loss")
     weights = tuple(source.weight for source in sources)
     return TrainingData(
-        model_path, tokenizer, encoder, tuple(sources), train, validation,
-        weights if any(weight != 1.0 for weight in weights) else None, eos + _trained_stops(train, tokenizer, eos),
-    )  # fmt: skip
+        model_path=model_path,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        sources=tuple(sources),
+        train=train,
+        validation=validation,
+        source_weights=weights if any(weight != 1.0 for weight in weights) else None,
+        eos_token_ids=eos + _trained_stops(train, tokenizer, eos),
+    )
+
+
+def make_loader(
+    config: Config, store: SampleStore, data: TrainingData, mesh: Mesh, *, evaluation: bool = False
+) -> Loader:
+    """The loader of a store under the run's settings, for this process's place in the mesh."""
+    d, packed = config.data, config.use_remove_padding
+    settings = LoaderSettings(
+        train_batch_size=d.train_batch_size,
+        token_budget=d.token_budget,
+        pad_token_id=data.pad_token_id,
+        seed=config.trainer.seed,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        sp_size=mesh.sp_size,
+        max_rows=None if packed else d.micro_batch_size_per_gpu,
+        padded=not packed,
+        drop_last=d.drop_last,
+        balance=d.balance_dp_token,
+        source_weights=None if evaluation else data.source_weights,
+        max_samples=d.val_max_samples if evaluation else d.train_max_samples,
+        evaluation=evaluation,
+        pin_memory=mesh.device.type == "cuda",
+    )
+    return Loader(store, settings)
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> LRSchedule:
+    """The learning rate over all steps of the run."""
+    t = config.trainer
+    return build_schedule(config.optim, t.total_training_steps or t.total_epochs * steps_per_epoch)
 
 
 def check_size(store: TokenStore, config: Config) -> None:

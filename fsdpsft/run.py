@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
-from fsdpsft.checkpoint.folder import only_run_in
+from fsdpsft.checkpoint.folder import LOCK_FILE, only_run_in
 from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
 from fsdpsft.checkpoint.state import TrainState, read_state
 from fsdpsft.config.load import parse_size, to_yaml
 from fsdpsft.config.resume import check_config
-from fsdpsft.config.schema import Config
-from fsdpsft.data.batches.loader import Loader, SampleStore, Step
+from fsdpsft.config.schema import Config, OptimConfig
+from fsdpsft.data.batches.loader import Loader, Step
 from fsdpsft.distributed.failure import explain
+from fsdpsft.distributed.launcher import launcher_is_gone
 from fsdpsft.distributed.mesh import (
     Mesh,
     check_world,
@@ -35,9 +36,10 @@ from fsdpsft.distributed.mesh import (
     init_mesh,
     keep_freed_memory,
 )
-from fsdpsft.errors import UserError
+from fsdpsft.errors import ConfigError, UserError
 from fsdpsft.evaluate import token_losses
-from fsdpsft.lr_schedule import LRSchedule, build_schedule
+from fsdpsft.filesystem import replace_file
+from fsdpsft.lr_schedule import LRSchedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
 from fsdpsft.model import lora
 from fsdpsft.model.flops import flop_count
@@ -45,11 +47,14 @@ from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer, decay_report
 from fsdpsft.parallelize import ParallelModel, build_model
-from fsdpsft.prepare import TrainingData, prepare_data
+from fsdpsft.prepare import TrainingData, make_loader, make_schedule, prepare_data
 from fsdpsft.recorder import Recorder
 from fsdpsft.signals import Stopped, StopSignal
 
 log = logging.getLogger(__name__)
+
+LOCK_PATIENCE_S = 60.0
+"""Seconds that a start waits for another run in its folder to end: a restarted run meets the one that it replaces."""
 
 _PROBE_TOKENS = 64
 _CONTENT = "content of data.train_files as tokenised"
@@ -63,7 +68,6 @@ class Run:
         config: the settings.
         data: what the data side prepared.
         validation: None without ``data.val_files``.
-        total_steps: optimiser steps of the whole run; ``start_step`` of them were done before.
         under_way: the step at work, counted from 1; 0 before the first.
     """
 
@@ -79,14 +83,21 @@ class Run:
     recorder: Recorder
     requests: StopSignal
     start_step: int
-    total_steps: int
     under_way: int = 0
+    _steps: Generator[Step, None, None] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; ``start_step`` of them were done before."""
+        return self.schedule.total_steps
 
     def steps(self) -> Iterator[Step]:
         """The steps still to do, built ahead; ``under_way`` is the one at work, counted from 1."""
-        for step in self.loader.iterate(self.start_step, self.total_steps):
-            self.under_way = step.index + 1
-            yield step
+        with contextlib.closing(self.loader.iterate(self.start_step, self.total_steps)) as steps:
+            self._steps = steps
+            for step in steps:
+                self.under_way = step.index + 1
+                yield step
 
     def lr(self, step: Step) -> float:
         """Learning rate of a step."""
@@ -107,14 +118,24 @@ class Run:
         """Write ``global_step_N``, in the background where asked, and let old ones go."""
         t, done = self.config.trainer, step.index + 1
         state = TrainState(
-            done, done / len(self.loader), tokens=self.recorder.tokens, trained_tokens=self.recorder.trained_tokens,
-            config=self.config.as_dict(), data_fingerprint=self.data.train.fingerprint,
-        )  # fmt: skip
+            done,
+            done / len(self.loader),
+            tokens=self.recorder.tokens,
+            trained_tokens=self.recorder.trained_tokens,
+            config=self.config.as_dict(),
+            data_fingerprint=self.data.train.fingerprint,
+        )
         metric = self.recorder.last.get(t.best_metric) if t.best_metric else None
         self.checkpoints.save(
-            self.model.module.causal_lm, self.optimizer, state, contents=t.save_contents, metric=metric,
-            adapter=_adapter(self.model, self.config, self.data), probe=self._probe(), background=t.async_save,
-        )  # fmt: skip
+            self.model.module.causal_lm,
+            self.optimizer,
+            state,
+            contents=t.save_contents,
+            metric=metric,
+            adapter=_adapter(self.model, self.config, self.data),
+            probe=self._probe(),
+            background=t.async_save,
+        )
 
     def _probe(self) -> Probe | None:
         """A short text, and the model's loss on each of its tokens, which the exported model must show too."""
@@ -126,11 +147,13 @@ class Run:
         return Probe(torch.from_numpy(input_ids), losses, self.model.compute_dtype)
 
     def close(self) -> None:
-        """Wait for the save under way and close every file."""
-        try:
-            self.checkpoints.close()
-        finally:
-            self.recorder.close()
+        """End the loader's thread, wait for the save under way, and close every file."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.recorder.close)
+            stack.callback(self.checkpoints.close)
+            stack.callback(self.requests.settle)
+            if self._steps is not None:
+                self._steps.close()
 
 
 @contextlib.contextmanager
@@ -139,35 +162,58 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Raises:
         UserError: settings or data that cannot work; another run that writes to the same folder.
+        Stopped: a signal, before the first step; what was begun is removed.
         RunFailed: an error that is no user's mistake, or another process's; names rank and step.
     """
-    data = prepare_data(config)  # before any process group: nobody times out while tokens are made
-    # Before the lock, which makes the output folder: a mistake leaves none.
-    check_world(env_world_size(), config.ulysses_sequence_parallel_size, config.model.fsdp_config.replicate_size)
-    alone = only_run_in(Path(config.trainer.default_local_dir)) if env_rank() == 0 else contextlib.nullcontext()
-    with alone, _join(config, data) as run:
-        yield run
+    t, folder = config.trainer, Path(config.trainer.default_local_dir)
+    trigger = Path(t.save_on_file) if t.save_on_file else None
+    if trigger is not None and trigger.exists() and not trigger.is_file():
+        raise ConfigError(f"trainer.save_on_file={trigger} is a device or a folder; name a file that does not exist")
+    with StopSignal(trigger, launcher_is_gone, save_within_s=t.timeout) as requests:
+        data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+        # Before the lock, which makes the output folder: a mistake leaves none.
+        check_world(env_world_size(), config.ulysses_sequence_parallel_size, config.model.fsdp_config.replicate_size)
+        alone = _own_folder(folder) if env_rank() == 0 else contextlib.nullcontext()
+        with alone, _join(config, data, requests) as run:
+            yield run
 
 
 @contextlib.contextmanager
-def _join(config: Config, data: TrainingData) -> Iterator[Run]:
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the output folder; remove it where this one made it and ends before its first step."""
+    new = not folder.exists()
+    with only_run_in(folder, LOCK_PATIENCE_S):
+        try:
+            yield
+        except Stopped as stopped:
+            if new and not stopped.step:
+                (folder / LOCK_FILE).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what somebody else has put there stays
+                    folder.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _join(config: Config, data: TrainingData, requests: StopSignal) -> Iterator[Run]:
     """Join the processes, build the run, and leave in the way that its end calls for."""
     device, t = choose_device(config.trainer.device), config.trainer
     if device.type == "cpu":
         keep_freed_memory()
     joined_before = torch.distributed.is_initialized()
+    sp_size, fsdp = config.ulysses_sequence_parallel_size, config.model.fsdp_config
     mesh = init_mesh(
-        device, sp_size=config.ulysses_sequence_parallel_size,
-        replicate_size=config.model.fsdp_config.replicate_size, timeout_s=t.timeout,
-        shard_alone=config.model.fsdp_config.offload_params,
-    )  # fmt: skip
+        device,
+        sp_size=sp_size,
+        replicate_size=fsdp.replicate_size,
+        timeout_s=t.timeout,
+        shard_alone=fsdp.offload_params,
+    )
     run: Run | None = None
     try:
         torch.manual_seed(t.seed + mesh.rank)  # of dropout alone: processes must not drop the same places
-        save_on_file = Path(t.save_on_file) if t.save_on_file else None
-        with StopSignal(save_on_file, timedelta(seconds=t.timeout)) as requests:
-            run = _build(config, data, mesh, requests)
-            yield run
+        run = _build(config, data, mesh, requests)
+        requests.begin(timedelta(seconds=t.timeout))
+        yield run
     except (UserError, Stopped):  # all processes come here together
         _leave(run, joined_before)
         raise
@@ -192,61 +238,62 @@ def _leave(run: Run | None, joined_before: bool) -> None:
 
 
 def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal) -> Run:
-    o, t = config.optim, config.trainer
+    t = config.trainer
     loader = make_loader(config, data.train, data, mesh)
-    moments = resolve_dtype(o.state_dtype, mesh.device)
-    total_steps = t.total_training_steps or t.total_epochs * len(loader)
-    work = Work(config.use_remove_padding, config.data.max_length, config.data.token_budget, moments, total_steps)
-    model = build_model(data.model_path, config.model, mesh, work, seed=t.seed)
-    optimizer = build_optimizer(
-        model.module, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay,
-        state_dtype=moments,
-    )  # fmt: skip
-    checkpoints = CheckpointManager(
-        Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
-        publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
-    )  # fmt: skip
-    state = _resume(config, data, model, optimizer, checkpoints)
-    schedule = build_schedule(o, total_steps)
-    if o.log_decay and not mesh.rank:
-        log.info(decay_report(model.module.causal_lm))
-    _announce(config, data, model, loader, state, total_steps)
-    recorder = Recorder(
-        _trackers(config, mesh, state.step, total_steps),
-        Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
-        data.train.describe, steps_per_epoch=len(loader), source_names=data.train.source_names, log_freq=t.log_freq,
-        tokens_seen=state.tokens, trained_tokens_seen=state.trained_tokens,
-    )  # fmt: skip
     validation = None
     if data.validation is not None:
         validation = make_loader(config, data.validation, data, mesh, evaluation=True)
+    moments = resolve_dtype(config.optim.state_dtype, mesh.device)
+    schedule = make_schedule(config, len(loader))
+    work = Work(
+        config.use_remove_padding, config.data.max_length, config.data.token_budget, moments, schedule.total_steps
+    )
+    model = build_model(data.model_path, config.model, mesh, work, seed=t.seed)
+    optimizer = make_optimizer(config.optim, model, moments)
+    checkpoints = CheckpointManager(
+        Path(t.default_local_dir),
+        _handoff(config, data),
+        keep=t.max_ckpt_to_keep,
+        keep_every=t.keep_every,
+        publish="best" if t.best_metric else "newest",
+        on_error=t.on_disk_full,  # type: ignore[arg-type]
+    )
+    state = _resume(config, data, model, optimizer, checkpoints)
+    if config.optim.log_decay and not mesh.rank:
+        log.info(decay_report(model.module.causal_lm))
+    _announce(config, data, model, loader, state, schedule.total_steps)
+    recorder = Recorder(
+        _trackers(config, mesh, state.step, schedule.total_steps),
+        Throughput(mesh.device, mesh.world_size, flop_count(model.module)),
+        data.train.describe,
+        steps_per_epoch=len(loader),
+        source_names=data.train.source_names,
+        log_freq=t.log_freq,
+        tokens_seen=state.tokens,
+        trained_tokens_seen=state.trained_tokens,
+    )
+    first = state.step
     return Run(
-        config, data, mesh, model, optimizer, loader, validation, checkpoints, schedule, recorder, requests,
-        state.step, total_steps,
-    )  # fmt: skip
+        config, data, mesh, model, optimizer, loader, validation, checkpoints, schedule, recorder, requests, first
+    )
 
 
-def make_loader(
-    config: Config, store: SampleStore, data: TrainingData, mesh: Mesh, *, evaluation: bool = False
-) -> Loader:
-    """The loader of a store under the run's settings, for this process's place in the mesh."""
-    d, packed = config.data, config.use_remove_padding
-    return Loader(
-        store, train_batch_size=d.train_batch_size, token_budget=d.token_budget, pad_token_id=data.pad_token_id,
-        seed=config.trainer.seed, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, sp_size=mesh.sp_size,
-        max_rows=None if packed else d.micro_batch_size_per_gpu, padded=not packed, drop_last=d.drop_last,
-        balance=d.balance_dp_token, source_weights=None if evaluation else data.source_weights,
-        max_samples=d.val_max_samples if evaluation else d.train_max_samples, evaluation=evaluation,
-        pin_memory=mesh.device.type == "cuda",
-    )  # fmt: skip
+def make_optimizer(optim: OptimConfig, model: ParallelModel, moments: torch.dtype) -> torch.optim.Optimizer:
+    """The optimiser of a model under the run's settings, its moments in dtype ``moments``."""
+    betas = optim.betas[0], optim.betas[1]
+    return build_optimizer(
+        model.module, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, state_dtype=moments
+    )
 
 
 def _handoff(config: Config, data: TrainingData) -> Handoff:
     return Handoff(
-        data.model_path, max_shard_bytes=parse_size(config.trainer.max_shard_size), chat_template=data.chat_template,
+        data.model_path,
+        max_shard_bytes=parse_size(config.trainer.max_shard_size),
+        chat_template=data.chat_template,
         eos_token_ids=data.eos_token_ids,
         fingerprints={"data": data.train.fingerprint, "encoder": data.encoder.fingerprint},
-    )  # fmt: skip
+    )
 
 
 def _adapter(model: ParallelModel, config: Config, data: TrainingData) -> Adapter | None:
@@ -261,9 +308,12 @@ def _adapter(model: ParallelModel, config: Config, data: TrainingData) -> Adapte
 
 
 def _resume(
-    config: Config, data: TrainingData, model: ParallelModel, optimizer: torch.optim.Optimizer,
+    config: Config,
+    data: TrainingData,
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
     checkpoints: CheckpointManager,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """Load the checkpoint that ``trainer.resume_mode`` asks for; a fresh state where there is none."""
     t = config.trainer
     if t.resume_mode == "disable":
@@ -279,18 +329,33 @@ def _resume(
 
 
 def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Trackers:
-    """Open the places metrics go to, and write ``config.yaml``; rank 0 alone has any."""
+    """Open the places metrics go to, and write ``config.yaml``; rank 0 alone has any.
+
+    Raises:
+        ConfigError: one is not installed. One that cannot be opened is left out, with a warning.
+    """
     if mesh.rank:
         return Trackers([])
     t, folder = config.trainer, Path(config.trainer.default_local_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config) + _versions())
+    try:
+        replace_file(folder / "config.yaml", (to_yaml(config) + _versions()).encode())
+    except OSError as error:
+        log.warning("%s was not written: %s", folder / "config.yaml", error)
+    makers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder, to_yaml(config)),
+        "wandb": lambda: WandB(folder, config.as_dict(), t.project_name, t.experiment_name),
+    }
     trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", step)]
     trackers.append(Console(total_steps, step, lines="console" in t.logger))
-    if "tensorboard" in t.logger:
-        trackers.append(TensorBoard(folder, to_yaml(config)))
-    if "wandb" in t.logger:
-        trackers.append(WandB(folder, config.as_dict(), t.project_name, t.experiment_name))
+    for name, make in makers.items():
+        if name not in t.logger:
+            continue
+        try:
+            trackers.append(make())
+        except (ConfigError, Stopped):
+            raise
+        except Exception as error:  # noqa: BLE001 - other people's code, which a run can do without
+            log.warning("trainer.logger: no %s, it cannot be opened: %s: %s", name, type(error).__name__, error)
     return Trackers(trackers)
 
 
@@ -303,8 +368,9 @@ def _versions() -> str:
             lines.append(f"# {name} {metadata.version(name)}")
     git = shutil.which("git")
     if git:
-        found = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        lines += [f"# git {found.stdout.strip()}"] if found.returncode == 0 else []
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            found = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10)
+            lines += [f"# git {found.stdout.strip()}"] if found.returncode == 0 else []
     return "\n".join(lines) + "\n"
 
 
@@ -313,17 +379,17 @@ def _announce(
 ) -> None:
     if model.mesh.rank:
         return
-    store, (total, trained) = data.train, count_parameters(model.module)
+    store, mesh, (total, trained) = data.train, model.mesh, count_parameters(model.module)
+    tokens, trained_tokens = int(store.lengths.sum(dtype=np.int64)), int(store.trained.sum(dtype=np.int64))
     log.info(
-        "%s samples, %s tokens, %s of them trained (%.1f %%)", f"{len(store):,}",
-        f"{int(store.lengths.sum(dtype=np.int64)):,}", f"{int(store.trained.sum(dtype=np.int64)):,}",
-        100 * store.trained.sum(dtype=np.int64) / store.lengths.sum(dtype=np.int64),
-    )  # fmt: skip
+        f"{len(store):,} samples, {tokens:,} tokens, {trained_tokens:,} of them trained "
+        f"({100 * trained_tokens / tokens:.1f} %)"
+    )
     log.info(
-        "%s with %s parameters, %s trained, on %d x %s (data parallel %d, Ulysses %d), %s compute",
-        type(model.module.causal_lm).__name__, f"{total:,}", f"{trained:,}", model.mesh.world_size,
-        model.mesh.device.type, model.mesh.dp_size, model.mesh.sp_size, str(model.compute_dtype).removeprefix("torch."),
-    )  # fmt: skip
+        f"{type(model.module.causal_lm).__name__} with {total:,} parameters, {trained:,} trained, on "
+        f"{mesh.world_size} x {mesh.device.type} (data parallel {mesh.dp_size}, Ulysses {mesh.sp_size}), "
+        f"{str(model.compute_dtype).removeprefix('torch.')} compute"
+    )
     if state.step >= total_steps:
         log.info(
             "already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fsdpsft.config.load import load_config
-from fsdpsft.data.batches.loader import Loader
+from fsdpsft.data.batches.loader import Loader, LoaderSettings
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.evaluate import evaluate
 from fsdpsft.model.memory import Work
 from fsdpsft.parallelize import build_model
 from fsdpsft.testing import run_distributed, save_tiny_model
+from tests.data.memory_store import memory_store
 from tests.parity.reference import sample_loss
 
 COUNTS = {"maths": 7, "chat": 4}
@@ -30,7 +31,7 @@ def store() -> TokenStore:
         weights = generator.choice([0.0, 1.0, 0.5], length)
         weights[-1] = 1.0
         samples.append((generator.integers(3, 250, length).tolist(), weights.tolist()))
-    return TokenStore.from_samples(samples, COUNTS)
+    return memory_store(samples, COUNTS)
 
 
 def run_evaluation(path: Path, batch_size: int, budget: int, sp_size: int = 1) -> dict[str, float]:
@@ -38,9 +39,17 @@ def run_evaluation(path: Path, batch_size: int, budget: int, sp_size: int = 1) -
     mesh = init_mesh(torch.device("cpu"), sp_size=sp_size)
     model = build_model(path, config.model, mesh, Work(max_length=64, token_budget=256), seed=0)
     loader = Loader(
-        store(), train_batch_size=batch_size, token_budget=budget, pad_token_id=0, dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size, sp_size=sp_size, evaluation=True,
-    )  # fmt: skip
+        store(),
+        LoaderSettings(
+            train_batch_size=batch_size,
+            token_budget=budget,
+            pad_token_id=0,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            sp_size=sp_size,
+            evaluation=True,
+        ),
+    )
     values = evaluate(model, loader)
     assert model.module.training, "training goes on after validation"
     return values

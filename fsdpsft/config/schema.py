@@ -167,7 +167,10 @@ class DataConfig:
     val_max_samples: int | None = key(None, "the same for validation", low=1, on_resume="free", needs=VALIDATION)
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
     cache_dir: str | None = key(
-        None, "where tokenised data is kept; null: ~/.cache/fsdpsft", on_resume="free", path=True
+        None,
+        "where tokenised data is kept; null: ~/.cache/fsdpsft, else a temporary folder",
+        on_resume="free",
+        path=True,
     )
     num_workers: int | None = key(None, "processes that tokenise; null: one per core", low=1, on_resume="free")
 

@@ -132,7 +132,7 @@ def _tokenised(config: Config) -> tuple[TrainingData | None, list[str]]:
     Where it would, the data without its bad rows, so that there is something to show; None where none are left.
     """
     try:
-        return prepare_data(config), []
+        return prepare_data(config, every_byte=True), []
     except (DataError, ConfigError) as error:
         problem = str(error)
     lenient = replace(config.data, on_bad_row="skip", max_bad_share=1.0, train_batch_size=1)

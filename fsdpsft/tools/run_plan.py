@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.loader import Loader
-from fsdpsft.data.batches.packing import Balance, in_order_plan, measure
+from fsdpsft.data.batches.packing import Balance, assign_in_order, measure
 from fsdpsft.distributed.mesh import Mesh, check_world
-from fsdpsft.lr_schedule import build_schedule
-from fsdpsft.prepare import TrainingData
-from fsdpsft.run import make_loader
+from fsdpsft.prepare import TrainingData, make_loader, make_schedule
 
 VIRTUAL_RANKS = (8, 64)
 _MEASURED_STEPS = 32
@@ -98,12 +96,12 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
         DataError: a sample does not fit into the token budget.
         ConfigError: the processes cannot be arranged as asked.
     """
-    sp, o, t = config.ulysses_sequence_parallel_size, config.optim, config.trainer
+    sp = config.ulysses_sequence_parallel_size
     for world in gpus:
         check_world(world, sp, config.model.fsdp_config.replicate_size)
     loader = make_loader(config, data.train, data, virtual_mesh(sp, sp))
-    total_steps = t.total_training_steps or t.total_epochs * len(loader)
-    schedule = build_schedule(o, total_steps)
+    schedule = make_schedule(config, len(loader))
+    total_steps = schedule.total_steps
     worlds = sorted({*gpus, *(world for world in VIRTUAL_RANKS if world % sp == 0)})
     steps = _spread(total_steps, _MEASURED_STEPS)
     balances = tuple(
@@ -120,7 +118,7 @@ def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> Ru
         measured_steps=len(steps),
         schedule=schedule.name,
         warmup_steps=schedule.warmup_steps,
-        lr=tuple((k, o.lr * schedule(k)) for k in _spread(total_steps, _CURVE_POINTS).tolist()),
+        lr=tuple((k, config.optim.lr * schedule(k)) for k in _spread(total_steps, _CURVE_POINTS).tolist()),
         **_sums(loader, data, total_steps),
     )
 
@@ -157,19 +155,20 @@ def _balance(loader: Loader, world: int, steps: NDArray[np.int64]) -> RankBalanc
     """The balance of the loader's plan over some steps."""
     planned: list[tuple[float, ...]] = []
     in_order: list[Balance] = []
+    dp_size = loader.settings.dp_size
     idle = 0
     for step in steps.tolist():
-        rows, plan = loader.plan(step)
+        rows, assignment = loader.assign(step)
         lengths = loader.store.lengths[rows]
-        planned.append(astuple(measure(plan, lengths, loader.attention_cost)))
-        in_order.append(measure(in_order_plan(len(rows), loader.dp_size), lengths, loader.attention_cost))
-        idle += sum(not any(rank) for rank in plan)
+        planned.append(astuple(measure(assignment, lengths)))
+        in_order.append(measure(assign_in_order(len(rows), dp_size), lengths))
+        idle += sum(not any(rank) for rank in assignment)
     means: dict[str, Any] = dict(zip((f.name for f in fields(Balance)), np.mean(planned, axis=0).tolist(), strict=True))
     return RankBalance(
         **means,
         gpus=world,
-        dp_size=loader.dp_size,
+        dp_size=dp_size,
         in_order_tokens=float(np.mean([balance.tokens for balance in in_order])),
         in_order_cost=float(np.mean([balance.cost for balance in in_order])),
-        idle=idle / len(steps) * (world // loader.dp_size),
+        idle=idle / len(steps) * (world // dp_size),
     )

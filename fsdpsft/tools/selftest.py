@@ -29,7 +29,7 @@ from fsdpsft.checkpoint.export import Handoff
 from fsdpsft.checkpoint.manager import CheckpointManager
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.config.schema import Config
-from fsdpsft.data.batches.loader import Loader
+from fsdpsft.data.batches.loader import Loader, LoaderSettings
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.errors import ConfigError, UserError
 from fsdpsft.model import lora
@@ -184,9 +184,15 @@ def check_export(subject: Subject, reference: Outcome) -> float:
     model = build(subject, subject.plain, init_mesh(subject.device), packed=subject.packed)
     documents = subject.documents
     loader = Loader(
-        documents, train_batch_size=len(documents), token_budget=subject.tokens, pad_token_id=0,
-        padded=not subject.packed, max_rows=None if subject.packed else 3,
-    )  # fmt: skip
+        documents,
+        LoaderSettings(
+            train_batch_size=len(documents),
+            token_budget=subject.tokens,
+            pad_token_id=0,
+            padded=not subject.packed,
+            max_rows=None if subject.packed else 3,
+        ),
+    )
     optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     train_step(model, optimizer, loader.step(0), None)
     with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:

@@ -20,7 +20,7 @@ from fsdpsft.checkpoint.export import StoredDtypes, carried_files
 from fsdpsft.checkpoint.files import copy_file
 from fsdpsft.checkpoint.parameters import full, hf_name
 from fsdpsft.config.schema import Config, ModelConfig
-from fsdpsft.data.batches.loader import Loader
+from fsdpsft.data.batches.loader import Loader, LoaderSettings
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights, resolve_model_path
@@ -285,9 +285,18 @@ def outcome(
     model = build(subject, settings, mesh, packed=not padded)
     documents = subject.documents
     loader = Loader(
-        documents, train_batch_size=len(documents), token_budget=budget or subject.tokens, pad_token_id=0,
-        padded=padded, max_rows=3 if padded else None, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, sp_size=mesh.sp_size,
-    )  # fmt: skip
+        documents,
+        LoaderSettings(
+            train_batch_size=len(documents),
+            token_budget=budget or subject.tokens,
+            pad_token_id=0,
+            padded=padded,
+            max_rows=3 if padded else None,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            sp_size=mesh.sp_size,
+        ),
+    )
     probe = GradientProbe(model.module.causal_lm)
     stats = train_step(model, probe, loader.step(0), None)
     return Outcome(float(stats.losses[0]), probe.gradients)

@@ -14,6 +14,9 @@ FAULTS = {
     "raise": lambda: 1 / 0,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "sleep": lambda: time.sleep(600),
+    "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "hang up": lambda: os.kill(os.getppid(), signal.SIGHUP),
+    "user signal": lambda: os.kill(os.getppid(), signal.SIGUSR1),
 }
 
 

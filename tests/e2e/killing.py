@@ -138,7 +138,7 @@ def _has_come(moment: Moment, folder: Path) -> bool:
 
 def _kill(launcher: int, victim: str) -> None:
     """SIGKILL the launcher and all below it (torchrun's workers lead sessions of their own), or rank 1 alone."""
-    family = _descendants(launcher)
+    family = descendants(launcher)
     victims = [launcher, *family] if victim == "all" else [pid for pid in family if _is_rank_1(pid)]
     for pid in victims:
         try:
@@ -149,7 +149,8 @@ def _kill(launcher: int, victim: str) -> None:
         time.sleep(0.01)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from fsdpsft.distributed.failure import explain
+from fsdpsft.filesystem import is_held
 from fsdpsft.testing import free_port, save_tiny_model
+from tests.e2e.killing import descendants
 
 SCRIPT = Path(__file__).with_name("faulty_train.py")
 STEP = 3
@@ -30,13 +36,17 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def run(settings: list[str], fault: str, rank: int, *overrides: str) -> tuple[str, str, float, int]:
-    """What the two processes wrote, then torchrun's summary; seconds from the fault on at most; the exit code."""
+def start(settings: list[str], fault: str, rank: int, *overrides: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
         str(SCRIPT), fault, str(rank), str(STEP), *settings, *overrides,
     ]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def run(settings: list[str], fault: str, rank: int, *overrides: str) -> tuple[str, str, float, int]:
+    """What the two processes wrote, then torchrun's summary; seconds from the fault on at most; the exit code."""
+    with start(settings, fault, rank, *overrides) as process:
         assert process.stderr is not None
         lines, last_step = [], time.monotonic()
         for line in process.stderr:
@@ -78,6 +88,32 @@ def test_stuck_process(settings: list[str]) -> None:
     assert "Traceback (most recent call last)" not in text
     assert code != 0
     assert seconds < 60
+
+
+@pytest.mark.parametrize("fault", ["launcher", "hang up", "user signal"])
+def test_workers_save_and_end_when_their_launcher_is_gone(settings: list[str], tmp_path: Path, fault: str) -> None:
+    out = tmp_path / "out"
+    overrides = ["trainer.save_freq=-1", "trainer.total_epochs=100000", f"trainer.default_local_dir={out}"]
+    with start(settings, fault, 1, *overrides) as launcher:
+        assert launcher.stderr is not None
+        while not is_held(out / ".lock"):
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.05)
+        limit = threading.Timer(120, kill, [descendants(launcher.pid)])
+        limit.start()
+        text = launcher.stderr.read()  # up to the end of the last process that can write to it
+        limit.cancel()
+    (saved,) = out.glob("global_step_*")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, int(saved.name.rpartition("_")[2]) + 1)), text
+    assert f"stopped by request after step {steps[-1]}; it is saved" in text
+    assert not is_held(out / ".lock")
+
+
+def kill(processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_explanations() -> None:

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from fsdpsft.checkpoint.pieces import pinned_bytes
 from fsdpsft.config.load import Config, load_config
-from fsdpsft.data.batches.packing import in_order_plan
+from fsdpsft.data.batches.packing import assign_in_order
 from fsdpsft.distributed.mesh import Mesh
 from fsdpsft.errors import ConfigError
-from fsdpsft.prepare import prepare_data
-from fsdpsft.run import make_loader
+from fsdpsft.prepare import make_loader, prepare_data
 from fsdpsft.testing import save_tiny_model
 from fsdpsft.tools.charts import sparkline
 from fsdpsft.tools.footprint import estimate
@@ -80,7 +79,7 @@ def test_the_balance_is_what_the_ranks_would_get(config: Callable[..., Config]) 
         tokens.append(max(sums) / np.mean(sums))
         passes.append(len(steps[0].micro_batches))
         lengths = data.train.lengths[steps[0].rows]
-        sums = [lengths[ids].sum() for (ids,) in in_order_plan(16, 2)]
+        sums = [lengths[ids].sum() for (ids,) in assign_in_order(16, 2)]
         in_order.append(max(sums) / np.mean(sums))
     assert found.tokens == pytest.approx(np.mean(tokens))
     assert found.micro_batches == pytest.approx(np.mean(passes))

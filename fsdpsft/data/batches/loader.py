@@ -6,7 +6,7 @@ There is no state. Step k is computed from the seed and k, so resuming is starti
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from fsdpsft.batch import PackedBatch, Sample, pack
-from fsdpsft.data.batches.packing import ATTENTION_COST, Order, Plan, plan_step, too_long
+from fsdpsft.data.batches.packing import Assignment, Order, assign_step, too_long
 from fsdpsft.errors import ConfigError, DataError
 
 STEPS_AHEAD = 2
@@ -87,11 +87,11 @@ class Step:
     rows: NDArray[np.int64]
 
 
-class Loader:
-    """Steps of a training run, or of an evaluation.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What a run's batches are made by, and this rank's place among those that share them.
 
-    Args:
-        store: the samples.
+    Attributes:
         train_batch_size: samples of one step, all ranks together.
         token_budget: most tokens a GPU holds at a time, filler included; under Ulysses a micro-batch is spread over
             ``sp_size`` GPUs and may hold as many times more.
@@ -107,76 +107,69 @@ class Loader:
         max_samples: use only the first so many samples of the store.
         evaluation: every sample once and in order; a step may lack trained tokens, since it is the sum over all
             steps that counts.
-        attention_cost: see ``packing.ATTENTION_COST``.
         pin_memory: build the batches in page-locked memory, for copies that do not block. Needs CUDA.
-
-    Raises:
-        DataError: a sample does not fit into the budget, or there is nothing to train on.
-        ConfigError: the number of source weights is not the number of sources.
     """
 
-    def __init__(
-        self,
-        store: SampleStore,
-        *,
-        train_batch_size: int,
-        token_budget: int,
-        pad_token_id: int,
-        seed: int = 0,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        sp_size: int = 1,
-        max_rows: int | None = None,
-        padded: bool = False,
-        drop_last: bool = False,
-        balance: bool = True,
-        source_weights: Sequence[float] | None = None,
-        max_samples: int | None = None,
-        evaluation: bool = False,
-        attention_cost: float = ATTENTION_COST,
-        pin_memory: bool = False,
-    ) -> None:
-        """Take the arguments described above; reads lengths, no tokens."""
-        self.store = store
-        self.order = Order(
-            counts=_first(store.source_counts, max_samples),
-            batch_size=train_batch_size,
-            seed=seed,
-            weights=_checked_weights(store, source_weights),
-            drop_last=drop_last and not evaluation,
-            shuffle=not evaluation,
-        )
-        self.dp_rank, self.dp_size, self.sp_size = dp_rank, dp_size, sp_size
-        self.budget = token_budget * sp_size
-        self.max_rows, self.padded, self.balance = max_rows, padded, balance
-        self.attention_cost, self.pad_token_id = attention_cost, pad_token_id
-        self.evaluation, self.pin_memory = evaluation, pin_memory
-        self._refuse_long_samples()
+    train_batch_size: int
+    token_budget: int
+    pad_token_id: int
+    seed: int = 0
+    dp_rank: int = 0
+    dp_size: int = 1
+    sp_size: int = 1
+    max_rows: int | None = None
+    padded: bool = False
+    drop_last: bool = False
+    balance: bool = True
+    source_weights: tuple[float, ...] | None = None
+    max_samples: int | None = None
+    evaluation: bool = False
+    pin_memory: bool = False
 
-    def _refuse_long_samples(self) -> None:
-        lengths = self.store.lengths[: sum(self.order.counts)]
+
+class Loader:
+    """Steps of a training run, or of an evaluation."""
+
+    def __init__(self, store: SampleStore, settings: LoaderSettings) -> None:
+        """Read the lengths of ``store``, and no token.
+
+        Raises:
+            DataError: a sample does not fit into the budget, or there is nothing to train on.
+            ConfigError: the number of source weights is not the number of sources.
+        """
+        weights = settings.source_weights
+        if weights is not None and len(weights) != len(store.source_counts):
+            raise ConfigError(f"{len(weights)} source weights were given for {len(store.source_counts)} sources.")
+        self.store, self.settings = store, settings
+        self.order = Order(
+            counts=_first(store.source_counts, settings.max_samples),
+            batch_size=settings.train_batch_size,
+            seed=settings.seed,
+            weights=weights,
+            drop_last=settings.drop_last and not settings.evaluation,
+            shuffle=not settings.evaluation,
+        )
+        lengths = store.lengths[: sum(self.order.counts)]
         longest = int(lengths.argmax())
-        limit = self.budget // self.sp_size * self.sp_size
+        limit = settings.token_budget * settings.sp_size
         if lengths[longest] > limit:
-            raise too_long(self.store.describe(longest), int(lengths[longest]), limit)
+            raise too_long(store.describe(longest), int(lengths[longest]), limit)
 
     def __len__(self) -> int:
         """Steps of one epoch."""
         return self.order.steps_per_epoch
 
-    def plan(self, index: int) -> tuple[NDArray[np.int64], Plan]:
+    def assign(self, index: int) -> tuple[NDArray[np.int64], Assignment]:
         """Samples of step ``index`` and who computes them, from the index alone; no token is read."""
-        rows = self.order.batch(index)
-        return rows, plan_step(
+        rows, settings = self.order.batch(index), self.settings
+        return rows, assign_step(
             self.store.lengths[rows],
-            dp_size=self.dp_size,
-            token_budget=self.budget,
-            max_rows=self.max_rows,
-            balance=self.balance,
-            padded=self.padded,
-            pad_to_multiple=self.sp_size,
-            attention_cost=self.attention_cost,
-            rows=rows,
+            dp_size=settings.dp_size,
+            token_budget=settings.token_budget * settings.sp_size,
+            max_rows=settings.max_rows,
+            balance=settings.balance,
+            padded=settings.padded,
+            pad_to_multiple=settings.sp_size,
         )
 
     def step(self, index: int) -> Step:
@@ -185,23 +178,24 @@ class Loader:
         Raises:
             DataError: no token of the step is trained, so that its loss is 0 / 0.
         """
-        rows, plan = self.plan(index)
+        rows, assignment = self.assign(index)
+        settings = self.settings
         trained = int(self.store.trained[rows].sum(dtype=np.int64))
-        if trained == 0 and not self.evaluation:
+        if trained == 0 and not settings.evaluation:
             raise self._nothing_trained(index, rows)
         micro_batches = [
             pack(
                 [self.store.sample(int(rows[position])) for position in positions],
-                pad_token_id=self.pad_token_id,
-                pad_to_multiple=self.sp_size,
-                padded=self.padded,
+                pad_token_id=settings.pad_token_id,
+                pad_to_multiple=settings.sp_size,
+                padded=settings.padded,
             )
-            for positions in plan[self.dp_rank]
+            for positions in assignment[settings.dp_rank]
         ]
         return Step(
             index=index,
             epoch=index // len(self),
-            micro_batches=[batch.pin_memory() for batch in micro_batches] if self.pin_memory else micro_batches,
+            micro_batches=[batch.pin_memory() for batch in micro_batches] if settings.pin_memory else micro_batches,
             loss_denominator=float(self.store.weights[rows].sum()),
             num_tokens=int(self.store.lengths[rows].sum(dtype=np.int64)),
             num_trained_tokens=trained,
@@ -224,13 +218,13 @@ class Loader:
             f"data.train_batch_size or data.max_length, so that each step has a token to learn."
         )
 
-    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
+    def iterate(self, start: int = 0, stop: int | None = None) -> Generator[Step, None, None]:
         """Yield the steps from ``start`` up to ``stop`` (one epoch when None), built ahead in a background thread.
 
         An error in the thread is raised here, at the step it belongs to. Leaving the loop early stops the thread.
         """
         stop = len(self) if stop is None else stop
-        device = torch.cuda.current_device() if self.pin_memory else None
+        device = torch.cuda.current_device() if self.settings.pin_memory else None
         pool = ThreadPoolExecutor(1, "fsdpsft-loader", initializer=_use_device, initargs=(device,))
         waiting: deque[Future[Step]] = deque()
         try:
@@ -256,10 +250,3 @@ def _first(counts: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
         return counts
     ends = np.minimum(np.cumsum(counts), limit)
     return tuple(np.diff(ends, prepend=0).tolist())
-
-
-def _checked_weights(store: SampleStore, weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    """The weights as a tuple, one for each source."""
-    if weights is not None and len(weights) != len(store.source_counts):
-        raise ConfigError(f"{len(weights)} source weights were given for {len(store.source_counts)} sources.")
-    return None if weights is None else tuple(weights)

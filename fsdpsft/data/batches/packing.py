@@ -1,8 +1,8 @@
 """Which samples make a step, and who computes them: pure functions on counts and lengths, numpy only.
 
-Two questions are kept apart on purpose. *Order* says which samples batch k is made of; it depends on the seed, the
-data and the batch size alone. *Plan* says which rank computes which of them in which micro-batch; it may depend on
-the hardware, because it cannot change what is summed.
+Two questions are kept apart on purpose. The *order* says which samples batch k is made of; it depends on the seed, the
+data and the batch size alone. The *assignment* says which rank computes which of them in which micro-batch; it may
+depend on the hardware, because it cannot change what is summed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from fsdpsft.errors import DataError
 
 Ints = NDArray[np.int64]
-Plan = list[list[list[int]]]
-"""``plan[rank][micro_batch]`` is a list of positions in the step's batch."""
+Assignment = list[list[list[int]]]
+"""``assignment[rank][micro_batch]`` is a list of positions in the step's batch."""
 
 ATTENTION_COST = 1 / 24576
 """Cost of attention per pair of tokens, in units of a token's matrix products.
@@ -157,7 +157,7 @@ class Order:
         return samples + sum(self.counts[:source])
 
 
-# ------------------------------------------------------------------------------------------------------------ plan
+# -------------------------------------------------------------------------------------------------- assignment
 
 
 def costs_of(lengths: Ints, attention_cost: float = ATTENTION_COST) -> NDArray[np.float64]:
@@ -166,7 +166,7 @@ def costs_of(lengths: Ints, attention_cost: float = ATTENTION_COST) -> NDArray[n
     return exact + attention_cost * exact * exact
 
 
-def plan_step(
+def assign_step(
     lengths: Sequence[int] | NDArray[np.integer],
     *,
     dp_size: int,
@@ -176,8 +176,7 @@ def plan_step(
     padded: bool = False,
     pad_to_multiple: int = 1,
     attention_cost: float = ATTENTION_COST,
-    rows: Sequence[int] | Ints | None = None,
-) -> Plan:
+) -> Assignment:
     """Share one step's documents out over ranks and micro-batches.
 
     All ranks get the same number of micro-batches, as few as bin packing finds under the budget. With ``balance``
@@ -194,10 +193,9 @@ def plan_step(
         padded: micro-batches are rectangles of rows as long as the longest.
         pad_to_multiple: filler brings the flat length (of each row when ``padded``) to a multiple of this.
         attention_cost: see ``costs_of``.
-        rows: [B] names of the documents for the error message; positions when None.
 
     Returns:
-        ``plan[rank][micro_batch]``: positions in ``lengths``, each exactly once; the same on every call.
+        ``assignment[rank][micro_batch]``: positions in ``lengths``, each exactly once; the same on every call.
 
     Raises:
         DataError: a document is longer than the budget.
@@ -208,7 +206,7 @@ def plan_step(
         sizes = -(-sizes // pad_to_multiple) * pad_to_multiple
     longest = int(sizes.argmax()) if sizes.size else 0
     if sizes.size and sizes[longest] > limit:
-        raise too_long(f"sample {longest if rows is None else rows[longest]}", int(sizes[longest]), limit)
+        raise too_long(f"sample {longest}", int(sizes[longest]), limit)
     bound = _Bound(limit, max_rows if max_rows is not None else max(sizes.size, 1), padded)
     costs = costs_of(sizes, attention_cost)
     if not balance:
@@ -326,18 +324,18 @@ def _fill_up(bins: list[list[int]], dp_size: int) -> None:
         bins[fullest : fullest + 1] = [whole[:half], whole[half:]]
 
 
-def _deal(bins: list[list[int]], loads: NDArray[np.float64], dp_size: int, balance: bool) -> Plan:
+def _deal(bins: list[list[int]], loads: NDArray[np.float64], dp_size: int, balance: bool) -> Assignment:
     """Give each rank one of every ``dp_size`` micro-batches next to each other in cost, the least busy the heaviest."""
-    plan: Plan = [[] for _ in range(dp_size)]
+    assignment: Assignment = [[] for _ in range(dp_size)]
     busy = np.zeros(dp_size)
     by_load = np.argsort(-loads, kind="stable") if balance else np.arange(len(bins))
     for first in range(0, len(bins), dp_size):
         group = by_load[first : first + dp_size]
         ranks = np.argsort(busy, kind="stable") if balance else np.arange(dp_size)
         for rank, chosen in zip(ranks.tolist(), group.tolist(), strict=True):
-            plan[rank].append(sorted(bins[chosen]) if balance else bins[chosen])
+            assignment[rank].append(sorted(bins[chosen]) if balance else bins[chosen])
         busy[ranks] += loads[group]
-    return plan
+    return assignment
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -345,7 +343,7 @@ def _deal(bins: list[list[int]], loads: NDArray[np.float64], dp_size: int, balan
 
 @dataclass(frozen=True)
 class Balance:
-    """How even a plan is; 1 is perfect.
+    """How even an assignment is; 1 is perfect.
 
     Attributes:
         tokens: most tokens of a rank over the mean.
@@ -365,14 +363,14 @@ class Balance:
 
 
 def measure(
-    plan: Plan, lengths: Sequence[int] | NDArray[np.integer], attention_cost: float = ATTENTION_COST
+    assignment: Assignment, lengths: Sequence[int] | NDArray[np.integer], attention_cost: float = ATTENTION_COST
 ) -> Balance:
-    """Measure how even ``plan`` is for documents of these lengths."""
+    """Measure how even ``assignment`` is for documents of these lengths."""
     sizes = np.asarray(lengths, dtype=np.int64)
     costs = costs_of(sizes, attention_cost)
 
     def table(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.array([[values[micro_batch].sum() for micro_batch in rank] for rank in plan])
+        return np.array([[values[micro_batch].sum() for micro_batch in rank] for rank in assignment])
 
     def worst(values: NDArray[np.float64]) -> float:
         ranks = table(values).sum(axis=1)
@@ -384,11 +382,11 @@ def measure(
         attention=worst(sizes.astype(np.float64) ** 2),
         cost=worst(costs),
         lockstep=float(work.max(axis=0).sum() / work.mean(axis=0).sum()),
-        micro_batches=len(plan[0]),
+        micro_batches=len(assignment[0]),
         fill=float(tokens.sum() / (tokens.size * tokens.max())),
     )
 
 
-def in_order_plan(count: int, dp_size: int) -> Plan:
+def assign_in_order(count: int, dp_size: int) -> Assignment:
     """What a plain distributed sampler does: document i to rank i modulo ``dp_size``. Only to compare with."""
     return [[list(range(rank, count, dp_size))] for rank in range(dp_size)]

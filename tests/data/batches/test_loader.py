@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsdpsft.batch import IGNORE_INDEX
-from fsdpsft.data.batches.loader import STEPS_AHEAD, Loader
-from fsdpsft.data.batches.store import TokenStore
+from fsdpsft.data.batches.loader import STEPS_AHEAD, Loader, LoaderSettings
 from fsdpsft.errors import ConfigError, DataError
+from tests.data.memory_store import memory_store
 
 PAD = 0
 
@@ -27,12 +27,12 @@ def make_store(count=37, seed=0, longest=50, sources=None):
         weights = (rng.random(length) < 0.4) * rng.choice([0.5, 1.0, 2.0], length)
         weights[-1] = 1.0
         samples.append((rng.integers(1, 1000, length), weights))
-    return TokenStore.from_samples(samples, sources)
+    return memory_store(samples, sources)
 
 
 def loader_of(store, **changes):
     arguments = {"train_batch_size": 8, "token_budget": 64, "pad_token_id": PAD, "seed": 3}
-    return Loader(store, **{**arguments, **changes})
+    return Loader(store, LoaderSettings(**{**arguments, **changes}))
 
 
 def documents(batch):
@@ -164,7 +164,7 @@ def test_evaluation_takes_every_row_once_and_in_order(dp_size):
 
 
 def test_idle_rank_gets_a_micro_batch_without_labels():
-    store = TokenStore.from_samples([([5, 6, 7], [0, 1, 1])])
+    store = memory_store([([5, 6, 7], [0, 1, 1])])
     step = loader_of(store, dp_rank=1, dp_size=2, sp_size=2).step(0)
     assert [b.rows for b in step.micro_batches] == [()]
     assert step.micro_batches[0].input_ids.tolist() == [[PAD, PAD]]
@@ -188,7 +188,7 @@ def test_source_weights():
 
 
 def test_a_step_without_a_trained_token_names_its_rows():
-    store = TokenStore.from_samples([([1, 2], [1, 0]), ([1, 2, 3], [0, 0, 0])])
+    store = memory_store([([1, 2], [1, 0]), ([1, 2, 3], [0, 0, 0])])
     with pytest.raises(DataError, match=r"(?s)step 0 is trained.*memory, row 0.*data\.train_batch_size") as caught:
         loader_of(store).step(0)
     assert "memory, row 1" in str(caught.value)
@@ -196,7 +196,7 @@ def test_a_step_without_a_trained_token_names_its_rows():
 
 
 def test_a_sample_over_the_budget_is_named_before_the_first_step():
-    store = TokenStore.from_samples([([1] * 5, [1] * 5), ([1] * 9, [1] * 9)])
+    store = memory_store([([1] * 5, [1] * 5), ([1] * 9, [1] * 9)])
     with pytest.raises(DataError, match=r"memory, row 1 has 9 tokens.*data\.max_token_len_per_gpu"):
         loader_of(store, token_budget=8)
     assert len(loader_of(store, token_budget=8, sp_size=2).step(0).micro_batches) == 1

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsdpsft.data.batches.packing import Order, in_order_plan, measure, permute, plan_step
+from fsdpsft.data.batches.packing import Order, assign_in_order, assign_step, measure, permute
 from fsdpsft.errors import DataError
 
 quick = settings(max_examples=60, deadline=None)
@@ -155,8 +155,8 @@ def size_of(lengths, padded, multiple):
 )
 def test_plan_keeps_every_promise(lengths, dp_size, budget, max_rows, balance, padded, multiple):
     settings_ = {"max_rows": max_rows, "balance": balance, "padded": padded, "pad_to_multiple": multiple}
-    plan = plan_step(lengths, dp_size=dp_size, token_budget=budget, **settings_)
-    assert plan == plan_step(lengths, dp_size=dp_size, token_budget=budget, **settings_)
+    plan = assign_step(lengths, dp_size=dp_size, token_budget=budget, **settings_)
+    assert plan == assign_step(lengths, dp_size=dp_size, token_budget=budget, **settings_)
     assert flat(plan) == list(range(len(lengths)))
     assert len(plan) == dp_size
     assert len({len(rank) for rank in plan}) == 1
@@ -193,7 +193,7 @@ def test_as_few_micro_batches_as_exhaustive_search_finds():
     extra = 0
     for _ in range(150):
         lengths = rng.integers(1, 60, rng.integers(1, 9)).tolist()
-        found = len(plan_step(lengths, dp_size=1, token_budget=64)[0])
+        found = len(assign_step(lengths, dp_size=1, token_budget=64)[0])
         extra += found - fewest_bins(lengths, 64)
     assert 0 <= extra <= 1
 
@@ -208,12 +208,12 @@ def test_rectangles_are_as_few_as_any_partition_finds():
             return len(groups) if all(len(g) * max(g) <= 40 for g in groups) else 99
 
         best = min(count(a) for a in itertools.product(range(len(lengths)), repeat=len(lengths)))
-        assert len(plan_step(lengths, dp_size=1, token_budget=40, padded=True)[0]) == best
+        assert len(assign_step(lengths, dp_size=1, token_budget=40, padded=True)[0]) == best
 
 
 def test_giant_document_has_a_rank_to_itself():
     lengths = [10] * 30 + [300] + [10] * 30
-    plan = plan_step(lengths, dp_size=3, token_budget=300, attention_cost=0.0)
+    plan = assign_step(lengths, dp_size=3, token_budget=300, attention_cost=0.0)
     assert [len(rank) for rank in plan] == [1, 1, 1]
     assert sorted(sum(lengths[i] for i in rank[0]) for rank in plan) == [300, 300, 300]
     assert [30] in [rank[0] for rank in plan]
@@ -221,67 +221,67 @@ def test_giant_document_has_a_rank_to_itself():
 
 def test_attention_counts_in_the_balance():
     lengths = [100, 100] + [10] * 40
-    without = plan_step(lengths, dp_size=2, token_budget=1000, attention_cost=0.0)
+    without = assign_step(lengths, dp_size=2, token_budget=1000, attention_cost=0.0)
     assert [sum(lengths[i] for i in rank[0]) for rank in without] == [300, 300]
     lengths = [200] + [10] * 40
-    heavy = plan_step(lengths, dp_size=2, token_budget=1000, attention_cost=0.01)
+    heavy = assign_step(lengths, dp_size=2, token_budget=1000, attention_cost=0.01)
     by_rank = sorted([sorted(lengths[i] for i in rank[0]) for rank in heavy], key=len)
     assert len(by_rank[0]) == 1  # 200 + 0.01 * 200^2 = 600 is worth more than all 40 short ones, 40 * 11 = 440
 
 
 def test_row_cap_holds_where_short_documents_crowd():
-    plan = plan_step([60, 1, 1, 1, 1, 1], dp_size=2, token_budget=100, max_rows=3)
+    plan = assign_step([60, 1, 1, 1, 1, 1], dp_size=2, token_budget=100, max_rows=3)
     assert sorted(len(positions) for rank in plan for positions in rank) == [3, 3]
 
 
 def test_a_full_house_is_found_where_balancing_finds_none():
     """7 + 5 and 4 + 4 + 4 fill two micro-batches of 12; always taking the emptier one would need a third."""
-    assert plan_step([7, 5, 4, 4, 4], dp_size=1, token_budget=12) == [[[0, 1], [2, 3, 4]]]
+    assert assign_step([7, 5, 4, 4, 4], dp_size=1, token_budget=12) == [[[0, 1], [2, 3, 4]]]
 
 
 def test_rectangles_are_even():
-    plan = plan_step([10] * 6, dp_size=1, token_budget=50, padded=True)
+    plan = assign_step([10] * 6, dp_size=1, token_budget=50, padded=True)
     assert [len(positions) for positions in plan[0]] == [3, 3]
 
 
 def test_single_row_leaves_the_other_ranks_idle():
-    assert plan_step([7], dp_size=3, token_budget=8) == [[[0]], [[]], [[]]]
+    assert assign_step([7], dp_size=3, token_budget=8) == [[[0]], [[]], [[]]]
 
 
 def test_empty_step():
-    assert plan_step([], dp_size=2, token_budget=8) == [[[]], [[]]]
+    assert assign_step([], dp_size=2, token_budget=8) == [[[]], [[]]]
 
 
 def test_fewer_documents_than_places():
-    plan = plan_step([8, 8, 8], dp_size=2, token_budget=8)
+    plan = assign_step([8, 8, 8], dp_size=2, token_budget=8)
     assert plan == [[[0], [2]], [[1], []]]
 
 
-def test_in_order_plan_keeps_the_order():
-    plan = plan_step([5, 5, 5, 5, 1, 1], dp_size=2, token_budget=10, balance=False)
+def test_assign_in_order_keeps_the_order():
+    plan = assign_step([5, 5, 5, 5, 1, 1], dp_size=2, token_budget=10, balance=False)
     assert plan == [[[0], [2, 3]], [[1], [4, 5]]]  # 0 1 | 2 3 | 4 5 is odd in number, so the first is halved
 
 
 def test_padded_neighbours_in_length_share_a_rectangle():
-    plan = plan_step([9, 1, 10, 1, 9, 1], dp_size=1, token_budget=30, padded=True)
+    plan = assign_step([9, 1, 10, 1, 9, 1], dp_size=1, token_budget=30, padded=True)
     assert sorted(plan[0]) == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_filler_counts_under_the_budget():
-    assert len(plan_step([5, 4], dp_size=1, token_budget=9)[0]) == 1
-    assert len(plan_step([5, 4], dp_size=1, token_budget=9, pad_to_multiple=2)[0]) == 2
+    assert len(assign_step([5, 4], dp_size=1, token_budget=9)[0]) == 1
+    assert len(assign_step([5, 4], dp_size=1, token_budget=9, pad_to_multiple=2)[0]) == 2
 
 
 def test_too_long_a_document_is_named():
-    with pytest.raises(DataError, match=r"sample 71 has 9 tokens.*at most 8.*data\.max_token_len_per_gpu"):
-        plan_step([3, 9], dp_size=1, token_budget=8, rows=[70, 71])
+    with pytest.raises(DataError, match=r"sample 1 has 9 tokens.*at most 8.*data\.max_token_len_per_gpu"):
+        assign_step([3, 9], dp_size=1, token_budget=8)
 
 
 def test_balance_beats_the_samplers_order():
     rng = np.random.default_rng(2)
     lengths = np.clip(rng.lognormal(6.2, 1.0, 1024), 16, 8192).astype(int)
-    ours = measure(plan_step(lengths, dp_size=8, token_budget=16384), lengths)
-    theirs = measure(in_order_plan(1024, 8), lengths)
+    ours = measure(assign_step(lengths, dp_size=8, token_budget=16384), lengths)
+    theirs = measure(assign_in_order(1024, 8), lengths)
     assert ours.cost < 1.03 < 1.1 < theirs.cost
     assert ours.lockstep < 1.03
     assert ours.fill > 0.9
