@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
+from fsdpsft.checkpoint.files import replace_file
 from fsdpsft.checkpoint.folder import only_run_in
-from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
+from fsdpsft.checkpoint.manager import Adapter, CheckpointManager, patience
 from fsdpsft.checkpoint.state import TrainState, read_state
 from fsdpsft.config.load import parse_size, to_yaml
 from fsdpsft.config.resume import check_config
@@ -39,7 +40,7 @@ from fsdpsft.errors import UserError
 from fsdpsft.evaluate import token_losses
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
-from fsdpsft.model import lora
+from fsdpsft.model import lora, streamed
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
 from fsdpsft.optim import build_optimizer
@@ -122,7 +123,7 @@ class Run:
             return None
         input_ids = self.data.train.sample(0).input_ids[:_PROBE_TOKENS].astype(np.int64)
         losses = token_losses(self.model, input_ids, padded=not self.config.use_remove_padding)
-        return Probe(torch.from_numpy(input_ids), losses, self.model.compute_dtype)
+        return Probe(torch.from_numpy(input_ids), losses, streamed.token_losses, self.model.compute_dtype)
 
     def close(self) -> None:
         """Wait for the save under way and close every file."""
@@ -204,6 +205,7 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
     checkpoints = CheckpointManager(
         Path(t.default_local_dir), _handoff(config, data), keep=t.max_ckpt_to_keep, keep_every=t.keep_every,
         publish="best" if t.best_metric else "newest", on_error=t.on_disk_full,  # type: ignore[arg-type]
+        timeout=patience(t.timeout, count_parameters(model.module)[0]),
     )  # fmt: skip
     state = _resume(config, data, model, optimizer, checkpoints)
     total_steps = t.total_training_steps or t.total_epochs * len(loader)
@@ -272,7 +274,7 @@ def _resume(
     path = Path(t.resume_from_path) if t.resume_from_path else checkpoints.latest_good()
     if path is None:
         return TrainState(step=0)
-    saved = TrainState(**read_state(path)["state"])
+    saved = TrainState.of(read_state(path))
     # The same file names may hold other rows now, and the same tokenizer folder another template.
     was, now = ({_CONTENT: fingerprint} for fingerprint in (saved.data_fingerprint, data.train.fingerprint))
     check_config(was | saved.config, now | config.as_dict(), allow=t.allow_config_change)
@@ -287,7 +289,7 @@ def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Tracke
         return Trackers([])
     t, folder = config.trainer, Path(config.trainer.default_local_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config) + _versions())
+    replace_file(folder / "config.yaml", to_yaml(config) + _versions())
     trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", step)]
     trackers.append(Console(total_steps, step, lines="console" in t.logger))
     if "tensorboard" in t.logger:

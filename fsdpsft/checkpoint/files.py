@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.errors import CheckpointError
+from fsdpsft.errors import CheckpointError, UserError
 from fsdpsft.filesystem import fsync
 
 CHUNK_BYTES = 16 << 20
@@ -32,6 +32,22 @@ def record_of(path: Path) -> FileRecord:
         return FileRecord(stream.tell(), digest)
 
 
+def read_object(path: Path, error_class: type[UserError], advice: str) -> dict[str, Any]:
+    """Content of a JSON file that holds an object.
+
+    Raises:
+        error_class: it is not UTF-8, not JSON, nested too deep or no object; ``advice`` ends the message.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise error_class(f"{path} is damaged: it is not JSON ({reason}). {advice}") from error
+    if not isinstance(content, dict):
+        raise error_class(f"{path} is damaged: it holds {type(content).__name__}, not a JSON object. {advice}")
+    return content
+
+
 def write_bytes(path: Path, content: bytes) -> FileRecord:
     """Write a small file, fsync it, and return what was written."""
     with path.open("wb") as stream:
@@ -44,6 +60,13 @@ def write_bytes(path: Path, content: bytes) -> FileRecord:
 def write_json(path: Path, value: Any) -> FileRecord:
     """Write ``value`` as indented JSON, durably."""
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a text file beside ``path`` and rename it: a reader, or a crash, finds the old text or the new one."""
+    beside = path.with_name(f".new-{path.name}")
+    write_bytes(beside, content.encode())
+    beside.replace(path)
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:

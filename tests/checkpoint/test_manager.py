@@ -18,12 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fsdpsft.checkpoint import safetensors_write as tensor_writer
+from fsdpsft.checkpoint import safetensors as tensor_writer
 from fsdpsft.checkpoint.export import Handoff, Probe
+from fsdpsft.checkpoint.folder import read_manifest
 from fsdpsft.checkpoint.manager import CheckpointManager
-from fsdpsft.checkpoint.manifest import read_manifest
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.errors import CheckpointError
+from fsdpsft.model.streamed import token_losses
 from fsdpsft.testing import run_distributed, save_tiny_model
 
 FAMILIES = {
@@ -303,11 +304,11 @@ def test_the_probe_refuses_a_model_that_answers_otherwise(run) -> None:
     folder, model, optimizer, manager = run
     ids = torch.arange(12)
     losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1].detach(), ids[1:], reduction="none")
-    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, losses))
+    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, losses, token_losses))
     verdict = read_manifest(folder / "out" / "global_step_1").verdict["probe"]
     assert verdict["compared"] is True and verdict["largest_nats"] < 1e-4
     with pytest.raises(CheckpointError, match=r"token losses .* 0\.01 nats \(median\) away"):
-        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01))
+        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01, token_losses))
     assert not (folder / "out" / "global_step_2").exists()
 
 
