@@ -1,10 +1,10 @@
-"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to go on from, whole or not there at all.
+"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to resume from, complete or absent.
 
-A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; that is the only
-time training stands still. The second (on a thread, or at once) writes: the state as one safetensors file per rank in
-the layout of ``torch.distributed.checkpoint``, the model as Hub files whose owners collect one tensor at a time over a
-process group on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at
-the root and lets old checkpoints go. Every rank learns the outcome; a failed save is an error of the run.
+A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; training waits
+for that alone. The second (on a thread, or at once) writes: the state as one safetensors file per rank in the layout of
+``torch.distributed.checkpoint``, the model as Hub files whose owners gather one tensor at a time over a process group
+on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at the root and
+deletes old checkpoints. Every rank learns the outcome; a failed save is an error of the run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def patience(timeout_s: int, parameters: int) -> timedelta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA: what is written in place of the weights in training, and beside them.
+    """LoRA: what is written instead of the weights in training, and beside them.
 
     Attributes:
         merged: the plain model's tensors with the adapter added, whole, by plain name. Read once and one at a time, on
@@ -85,7 +85,7 @@ class Adapter:
 
 @dataclass
 class _Job:
-    """One save, cut loose from the tensors in training."""
+    """One save: what is to be written, copied from the tensors in training."""
 
     state: TrainState
     metric: float | None
@@ -147,7 +147,6 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._begun_at: int | None = 0
-        self._plan: tuple[list[tuple[str, tuple[int, ...], torch.dtype]], list[PlannedFile]] = ([], [])
         if self._rank == 0:
             self.folder.clean()
 
@@ -318,16 +317,9 @@ class CheckpointManager:
             job.weights = held
             if adapter is not None:
                 job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
-            job.weight_files = self._planned(model, job.weights)
+            job.weight_files = plan_export(model, job.weights, self._handoff.layout)
         self._staging.finish()
         return job
-
-    def _planned(self, model: nn.Module, pieces: Mapping[str, Piece]) -> list[PlannedFile]:
-        """``plan_export``, once for as long as the tensors stay what they are."""
-        key = [(name, piece.shape, piece.dtype) for name, piece in pieces.items()]
-        if self._plan[0] != key:
-            self._plan = key, plan_export(model, pieces, self._handoff.layout)
-        return self._plan[1]
 
     def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
         piece = piece_of(name, tensor, self._rank)
@@ -413,10 +405,8 @@ class CheckpointManager:
             records[name] = write_json(folder / name, job.adapter_config)
         if job.training:
             records.update(self._write_state(job, folder, rng))
-        fingerprints = self._fingerprints(job, records)
-        write_manifest(
-            folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints)
-        )
+        content = dict(sorted(records.items()))
+        write_manifest(folder, Manifest(job.state.step, job.metric, content, verdict, self._fingerprints(job, records)))
         self.folder.commit(job.state.step)
         self._show(job.state.step, anew=True)
         self.folder.retire(self._keep, self._keep_every, self.folder.best())
@@ -437,7 +427,7 @@ class CheckpointManager:
         content = {
             "format_version": FORMAT_VERSION,
             "complete": job.adapter_config is None,
-            "state": self._with_best(job).as_dict(),
+            "state": job.state.as_dict(),
             "source": str(self._handoff.source),
             "adapter_config": job.adapter_config,
             "dtypes": self._handoff.layout.stored.as_json(),
@@ -450,16 +440,6 @@ class CheckpointManager:
         records = {f"{HUB_FOLDER}/{name}": record for name, record in small.items()}
         records[STATE_FILE] = write_json(folder / STATE_FILE, content)
         return records
-
-    def _with_best(self, job: _Job) -> TrainState:
-        """The state, with the best metric up to now and its step where the caller did not say."""
-        known = self.folder.metrics()
-        if job.metric is not None:
-            known[job.state.step] = job.metric
-        if job.state.best_step is not None or not known:
-            return job.state
-        best = min(known, key=lambda step: known[step])
-        return replace(job.state, best_metric=known[best], best_step=best)
 
     def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
         template = self._handoff.chat_template or source_template(self._handoff.source) or ""

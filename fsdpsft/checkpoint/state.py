@@ -30,6 +30,7 @@ Saved = tuple[torch.dtype, tuple[int, ...]]
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "trainer_state/state.json"
 FORMAT_VERSION = 1
+_FORMER_FIELDS = {"extra", "best_metric", "best_step"}
 
 
 @dataclass
@@ -39,7 +40,6 @@ class TrainState:
     Attributes:
         step: optimiser steps done.
         epoch: passes over the data done, with fraction.
-        best_metric, best_step: of the metric that picks the best checkpoint; None before the first evaluation.
         tokens, trained_tokens: seen so far, all ranks together.
         config: the resolved settings, as nested plain values.
         data_fingerprint: content hash of the training data as tokenised.
@@ -47,8 +47,6 @@ class TrainState:
 
     step: int
     epoch: float = 0.0
-    best_metric: float | None = None
-    best_step: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -56,9 +54,8 @@ class TrainState:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> TrainState:
-        """What ``read_state`` found."""
-        state = dict(content["state"])
-        state.pop("extra", None)  # version 0.1.0 wrote it, always empty
+        """What ``read_state`` found. Version 0.1.0 wrote three more fields, which nothing read."""
+        state = {key: value for key, value in content["state"].items() if key not in _FORMER_FIELDS}
         return cls(**state)
 
     def as_dict(self) -> dict[str, Any]:
