@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
-from fsdpsft.checkpoint.files import replace_file
 from fsdpsft.checkpoint.folder import only_run_in
 from fsdpsft.checkpoint.manager import Adapter, CheckpointManager, patience
 from fsdpsft.checkpoint.state import TrainState, read_state
@@ -289,7 +288,7 @@ def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Tracke
         return Trackers([])
     t, folder = config.trainer, Path(config.trainer.default_local_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.yaml", to_yaml(config) + _versions())
+    (folder / "config.yaml").write_text(to_yaml(config) + _versions())
     trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", step)]
     trackers.append(Console(total_steps, step, lines="console" in t.logger))
     if "tensorboard" in t.logger:

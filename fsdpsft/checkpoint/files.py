@@ -62,13 +62,6 @@ def write_json(path: Path, value: Any) -> FileRecord:
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a text file beside ``path`` and rename it: a reader, or a crash, finds the old text or the new one."""
-    beside = path.with_name(f".new-{path.name}")
-    write_bytes(beside, content.encode())
-    beside.replace(path)
-
-
 def copy_file(source: Path, target: Path) -> FileRecord:
     """Copy a file's content, durably, making the folders above it."""
     target.parent.mkdir(parents=True, exist_ok=True)

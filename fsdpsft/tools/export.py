@@ -182,9 +182,8 @@ def _write(source: Path, kind: str, folder: Path, options: Options) -> None:
         parts = _from_files(source, options)
     else:
         content = read_state(source)
-        parts = (
-            _from_state(source, content, options) if content["complete"] else _from_adapter(source, content, options)
-        )
+        make = _from_state if content["complete"] else _from_adapter
+        parts = make(source, content, options)
     require_space(folder, sum(file.nbytes for file in parts.files))
     records = write_tensor_files(folder, parts.files, Local(parts.read))
     records.update(write_hub_files(folder, parts.files, parts.handoff))
@@ -205,15 +204,11 @@ class _Parts:
 
 def _from_files(source: Path, options: Options) -> _Parts:
     """A Hugging Face model: the same tensors under the same names."""
-    found = open_model_files(source)
-
-    def spec(name: str) -> TensorSpec:
-        entry = found[name]
-        chosen = options.dtype if options.dtype is not None and entry.dtype.is_floating_point else entry.dtype
-        return TensorSpec(name, chosen, entry.shape)
-
-    files = split_into_files([Unit((name,), (spec(name),)) for name in found], options.max_shard_bytes)
-    return _Parts(files, found.read, _handoff(source, options))
+    found, handoff = open_model_files(source), _handoff(source, options)
+    dtype_of = handoff.layout.dtype_of
+    specs = [TensorSpec(name, dtype_of(name, entry.dtype), entry.shape) for name, entry in found.items()]
+    files = split_into_files([Unit((spec.name,), (spec,)) for spec in specs], options.max_shard_bytes)
+    return _Parts(files, found.read, handoff)
 
 
 def _from_state(source: Path, content: Mapping[str, Any], options: Options) -> _Parts:
@@ -222,9 +217,7 @@ def _from_state(source: Path, content: Mapping[str, Any], options: Options) -> _
     read = state_reader(source / STATE_FOLDER, shapes)
     handoff = _handoff(source / HUB_FOLDER, options, StoredDtypes.from_json(content["dtypes"]))
     pieces = {n.removeprefix(MODEL): Piece(n, dtype, shape, None, None) for n, (dtype, shape) in shapes.items()}
-    config = load_model_config(handoff.source, trust_remote_code=options.trust_remote_code)
-    model = build_meta_model(config, trust_remote_code=options.trust_remote_code)
-    files = plan_export(model, pieces, handoff.layout)
+    files = plan_export(_empty_model(handoff.source, options), pieces, handoff.layout)
     return _Parts(files, lambda name: read(MODEL + name), handoff, content["tied"], content["state"]["step"])
 
 
@@ -234,8 +227,7 @@ def _from_adapter(source: Path, content: Mapping[str, Any], options: Options) ->
     if not base.is_dir():
         raise CheckpointError(f"The adapter belongs to {base}, which is not there; say where it is with base=FOLDER.")
     handoff = _handoff(source / HUB_FOLDER, options, StoredDtypes.from_json(content["dtypes"]))
-    config = load_model_config(base, trust_remote_code=options.trust_remote_code)
-    model = build_meta_model(config, dtype=handoff.layout.stored.usual, trust_remote_code=options.trust_remote_code)
+    model = _empty_model(base, options, handoff.layout.stored.usual)
     pieces = {name: Piece(name, t.dtype, tuple(t.shape), None, None) for name, t in named_tensors(model).items()}
     files = plan_export(model, pieces, handoff.layout)
     with tempfile.TemporaryDirectory() as adapter:
@@ -266,15 +258,18 @@ def _write_adapter(source: Path, kind: str, folder: Path, options: Options) -> N
         names = {lora.peft_name(name.removeprefix(MODEL)): name for name in shapes}
         read = state_reader(source / STATE_FOLDER, shapes)
         write_json(folder / lora.ADAPTER_CONFIG, content["adapter_config"])
-    units = []
-    for name, kept in names.items():
-        held, shape = shapes[kept]
-        units.append(Unit((kept,), (TensorSpec(name, options.dtype or held, shape),)))
+    described = ((name, kept, *shapes[kept]) for name, kept in names.items())
+    units = [Unit((kept,), (TensorSpec(name, options.dtype or dtype, s),)) for name, kept, dtype, s in described]
     write_tensor_files(folder, [PlannedFile(lora.ADAPTER_FILE, tuple(units))], Local(read))
 
 
 def _handoff(source: Path, options: Options, stored: StoredDtypes | None = None) -> Handoff:
     return Handoff(source, options.dtype, options.max_shard_bytes, stored=stored)
+
+
+def _empty_model(folder: Path, options: Options, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = load_model_config(folder, trust_remote_code=options.trust_remote_code)
+    return build_meta_model(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
 
 
 def parse(arguments: Sequence[str]) -> Options:
