@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-from fsdpsft.checkpoint.folder import RunFolder
-from fsdpsft.checkpoint.manifest import verify
+from fsdpsft.checkpoint.folder import RunFolder, verify
 from fsdpsft.errors import CheckpointError
 from tests.e2e.killing import STEPS_PER_EPOCH, Moment, command, curve, differences, make_inputs, run_and_kill
 

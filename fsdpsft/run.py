@@ -18,7 +18,7 @@ import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
 from fsdpsft.checkpoint.folder import LOCK_FILE, only_run_in
-from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
+from fsdpsft.checkpoint.manager import Adapter, CheckpointManager, patience
 from fsdpsft.checkpoint.state import TrainState, read_state
 from fsdpsft.config.load import parse_size, to_yaml
 from fsdpsft.config.resume import check_config
@@ -41,7 +41,7 @@ from fsdpsft.evaluate import token_losses
 from fsdpsft.filesystem import replace_file
 from fsdpsft.lr_schedule import LRSchedule
 from fsdpsft.metrics import Console, JsonLines, TensorBoard, Throughput, Tracker, Trackers, WandB
-from fsdpsft.model import lora
+from fsdpsft.model import lora, streamed
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import count_parameters, resolve_dtype
@@ -144,7 +144,7 @@ class Run:
             return None
         input_ids = self.data.train.sample(0).input_ids[:_PROBE_TOKENS].astype(np.int64)
         losses = token_losses(self.model, input_ids, padded=not self.config.use_remove_padding)
-        return Probe(torch.from_numpy(input_ids), losses, self.model.compute_dtype)
+        return Probe(torch.from_numpy(input_ids), losses, streamed.token_losses, self.model.compute_dtype)
 
     def close(self) -> None:
         """End the loader's thread, wait for the save under way, and close every file."""
@@ -257,6 +257,7 @@ def _build(config: Config, data: TrainingData, mesh: Mesh, requests: StopSignal)
         keep_every=t.keep_every,
         publish="best" if t.best_metric else "newest",
         on_error=t.on_disk_full,  # type: ignore[arg-type]
+        timeout=patience(t.timeout, count_parameters(model.module)[0]),
     )
     state = _resume(config, data, model, optimizer, checkpoints)
     if config.optim.log_decay and not mesh.rank:
@@ -321,7 +322,7 @@ def _resume(
     path = Path(t.resume_from_path) if t.resume_from_path else checkpoints.latest_good()
     if path is None:
         return TrainState(step=0)
-    saved = TrainState(**read_state(path)["state"])
+    saved = TrainState.of(read_state(path))
     # The same file names may hold other rows now, and the same tokenizer folder another template.
     was, now = ({_CONTENT: fingerprint} for fingerprint in (saved.data_fingerprint, data.train.fingerprint))
     check_config(was | saved.config, now | config.as_dict(), allow=t.allow_config_change)

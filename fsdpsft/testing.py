@@ -129,7 +129,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in known and storage._cdata not in self._seen:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.errors import CheckpointError
+from fsdpsft.errors import CheckpointError, UserError
 from fsdpsft.filesystem import fsync
 
 CHUNK_BYTES = 16 << 20
@@ -30,6 +30,22 @@ def record_of(path: Path) -> FileRecord:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(stream.tell(), digest)
+
+
+def read_object(path: Path, error_class: type[UserError], advice: str) -> dict[str, Any]:
+    """Content of a JSON file that holds an object.
+
+    Raises:
+        error_class: it is not UTF-8, not JSON, nested too deep or no object; ``advice`` ends the message.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise error_class(f"{path} is damaged: it is not JSON ({reason}). {advice}") from error
+    if not isinstance(content, dict):
+        raise error_class(f"{path} is damaged: it holds {type(content).__name__}, not a JSON object. {advice}")
+    return content
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:

@@ -10,12 +10,17 @@ linked under names that carry the step (``model-step40-00001-of-00004.safetensor
 renamed over the old one last, then the old shards go. A reader gets all its weights from one step, because it learns
 their names from one index; if it was slow enough to find an old shard gone, it fails to open it, and tries again. An
 unsharded model is one file, and its rename the switch.
+
+``manifest.json`` says which files a checkpoint consists of and what each must contain. A checkpoint is good if its
+manifest is whole (it carries a checksum of itself) and every file that it names has the length and SHA-256 that it
+names. That recognises the torn, the truncated, the bit-flipped and the half-deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import logging
@@ -23,11 +28,13 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from fsdpsft.checkpoint.files import fsync_tree, write_json
-from fsdpsft.checkpoint.manifest import Manifest, read_manifest
+from fsdpsft.checkpoint.files import FileRecord, fsync_tree, read_object, record_of, write_json
+from fsdpsft.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, read_index
 from fsdpsft.errors import CheckpointError, ConfigError
 from fsdpsft.filesystem import LockHeldError, exclusive, fsync
 
@@ -35,11 +42,112 @@ logger = logging.getLogger(__name__)
 
 STEP_NAME = re.compile(r"global_step_(\d+)")
 TEMPORARY, TRASH, LINK, ASIDE = ".tmp-", ".trash-", ".link-", "aside_"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 LOCK_FILE = ".lock"
 PATIENCE_S = 10.0
 """Seconds for a process that is being killed to go: a restarted run meets the one it replaces."""
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+# --- The manifest -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's table of contents.
+
+    Attributes:
+        step: optimiser steps done.
+        metric: what "best" is judged by (None where the run measures nothing).
+        files: path relative to the checkpoint (with ``/``) -> what the file must be; the manifest itself apart.
+        verdict: what was checked before the checkpoint counted as saved, and what was found.
+        fingerprints: of the model's files, chat template, data; tokens trained.
+    """
+
+    step: int
+    metric: float | None
+    files: Mapping[str, FileRecord]
+    verdict: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` with a checksum of its own content."""
+    content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    write_json(folder / MANIFEST, {**content, "sha256": _checksum(content)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json`` itself (not the files it names).
+
+    Raises:
+        CheckpointError: it is absent, torn, changed, or of a version this code does not know.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint.")
+    content = read_object(path, CheckpointError, "Use another checkpoint.")
+    try:
+        checksum = content.pop("sha256")
+        version = content.pop("format_version")
+        files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+        manifest = Manifest(files=files, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint.") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
+            f"version that wrote it."
+        )
+    if checksum != _checksum({"format_version": version, **asdict(manifest)}):
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its own checksum; use another checkpoint."
+        )
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path} names {name!r}, which lies outside the checkpoint; it is not to be trusted.")
+    return manifest
+
+
+def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, parts: int = 1) -> Manifest:
+    """Check a checkpoint against its manifest.
+
+    Args:
+        folder: a ``global_step_N`` folder.
+        below: look only at files whose path begins so (``trainer_state/``).
+        deep: also read and hash every file; else only existence and length are looked at.
+        part: of ``parts``, which files to hash, so that the ranks can share the reading (by size, largest first).
+
+    Raises:
+        CheckpointError: names the first file that is missing, short, long or changed.
+    """
+    manifest = read_manifest(folder)
+    files = {name: record for name, record in manifest.files.items() if name.startswith(below)}
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing, though {MANIFEST} names it; use another checkpoint.")
+        if path.stat().st_size != record.size:
+            raise CheckpointError(
+                f"{folder}: {name} has {path.stat().st_size:,} bytes instead of {record.size:,}; it was cut short or "
+                f"overwritten. Use another checkpoint."
+            )
+    if deep:
+        by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
+        for name, record in by_size[part::parts]:
+            if record_of(folder / name) != record:
+                raise CheckpointError(
+                    f"{folder}: the content of {name} does not match its checksum; it was changed or the disk is "
+                    f"failing. Use another checkpoint."
+                )
+    return manifest
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --- The folder ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -82,6 +190,10 @@ class RunFolder:
         """Where the checkpoint of a step is, or will be."""
         return self.root / f"global_step_{step}"
 
+    def temporary(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return self.root / f"{TEMPORARY}global_step_{step}"
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Finished checkpoints as ``(step, path)``, oldest first; nothing is verified."""
         if not self.root.is_dir():
@@ -102,7 +214,7 @@ class RunFolder:
 
     def begin(self, step: int) -> Path:
         """Make the empty temporary folder in which the checkpoint of ``step`` is written."""
-        temporary = self.root / f"{TEMPORARY}global_step_{step}"
+        temporary = self.temporary(step)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -110,7 +222,7 @@ class RunFolder:
 
     def commit(self, step: int) -> Path:
         """Make the temporary folder of ``step``, all its files fsynced, the checkpoint. A damaged one is replaced."""
-        temporary, final = self.root / f"{TEMPORARY}global_step_{step}", self.path(step)
+        temporary, final = self.temporary(step), self.path(step)
         fsync_tree(temporary)
         if final.exists():
             self._discard(final)
@@ -120,7 +232,7 @@ class RunFolder:
 
     def abandon(self, step: int) -> None:
         """Remove the temporary folder of a save that failed, and give its space back."""
-        shutil.rmtree(self.root / f"{TEMPORARY}global_step_{step}", ignore_errors=True)
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def retire(self, keep: int | None, keep_every: int | None, best: int | None) -> None:
         """Delete, in the background, all but the ``keep`` newest checkpoints.
@@ -141,7 +253,7 @@ class RunFolder:
         if trash.exists():
             shutil.rmtree(trash, ignore_errors=True)
         path.rename(trash)
-        thread = threading.Thread(target=shutil.rmtree, args=(trash,), kwargs={"ignore_errors": True}, daemon=True)
+        thread = threading.Thread(target=shutil.rmtree, args=(trash,), kwargs={"ignore_errors": True})
         thread.start()
         self._deletions.append(thread)
 
@@ -173,10 +285,9 @@ class RunFolder:
         found = {step: _metric(path) for step, path in self.checkpoints()}
         return {step: metric for step, metric in found.items() if metric is not None}
 
-    def best(self, lower_is_better: bool = True) -> int | None:
-        """Step of the checkpoint with the best metric (of equals, the newest); None where none carries a metric."""
-        sign = -1 if lower_is_better else 1
-        scored = [(sign * metric, step) for step, metric in self.metrics().items()]
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest metric (of equals, the newest); None where none carries a metric."""
+        scored = [(-metric, step) for step, metric in self.metrics().items()]
         return max(scored)[1] if scored else None
 
     def published(self) -> int | None:
@@ -215,8 +326,8 @@ class RunFolder:
 
     def _switch_index(self, source: Path, shards: dict[str, str]) -> None:
         """Write the index with the shards' names at the root, and rename it over the one in place."""
-        index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
-        index["weight_map"] = {tensor: shards[name] for tensor, name in index["weight_map"].items()}
+        index = read_object(source / INDEX_FILE, CheckpointError, "Use another checkpoint.")
+        index["weight_map"] = {tensor: shards[name] for tensor, name in read_index(source).items()}
         prepared = self.root / f"{LINK}{INDEX_FILE}"
         write_json(prepared, index)
         prepared.replace(self.root / INDEX_FILE)
@@ -232,9 +343,14 @@ def is_model_file(name: str) -> bool:
     return not name.startswith(("trainer_state/", "lora_adapter/"))
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a folder holds a Hugging Face model's weights."""
+    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+
+
 def _metric(path: Path) -> float | None:
     try:
-        manifest: Manifest = read_manifest(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         logger.warning("%s", error)
         return None

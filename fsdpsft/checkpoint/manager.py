@@ -1,10 +1,10 @@
-"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to go on from, whole or not there at all.
+"""Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to resume from, complete or absent.
 
-A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; that is the only
-time training stands still. The second (on a thread, or at once) writes: the state as one safetensors file per rank in
-the layout of ``torch.distributed.checkpoint``, the model as Hub files whose owners collect one tensor at a time over a
-process group on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at
-the root and lets old checkpoints go. Every rank learns the outcome; a failed save is an error of the run.
+A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; training waits
+for that alone. The second (on a thread, or at once) writes: the state as one safetensors file per rank in the layout of
+``torch.distributed.checkpoint``, the model as Hub files whose owners gather one tensor at a time over a process group
+on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at the root and
+deletes old checkpoints. Every rank learns the outcome; a failed save is an error of the run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -25,30 +24,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
-from transformers import PreTrainedModel
 
-from fsdpsft.checkpoint.export import (
-    Handoff,
-    Probe,
-    is_tied,
-    named_tensors,
-    plan_export,
-    prove_answers,
-    prove_model,
-    source_template,
-    write_hub_files,
-)
+from fsdpsft.checkpoint.export import Handoff, Probe, prove_answers, prove_model, source_template, write_hub_files
 from fsdpsft.checkpoint.files import FileRecord, require_space, write_json
-from fsdpsft.checkpoint.folder import INDEX_FILE, SINGLE_FILE, RunFolder
-from fsdpsft.checkpoint.manifest import Manifest, verify, write_manifest
-from fsdpsft.checkpoint.parameters import without_wrappers
-from fsdpsft.checkpoint.pieces import Exchange, Piece, Staging, all_gather, piece_of, rows_of
-from fsdpsft.checkpoint.safetensors_write import TensorSpec, dtype_name
+from fsdpsft.checkpoint.folder import Manifest, RunFolder, holds_model, verify, write_manifest
+from fsdpsft.checkpoint.parameters import is_tied, named_tensors, trained_tensors
+from fsdpsft.checkpoint.pieces import Exchange, Peers, Piece, Staging, piece_of, rows_of
+from fsdpsft.checkpoint.safetensors import TensorSpec, dtype_name
 from fsdpsft.checkpoint.state import (
+    FORMAT_VERSION,
     MODEL,
     OPTIMIZER,
     STATE_FILE,
@@ -61,18 +48,28 @@ from fsdpsft.checkpoint.state import (
     read_state,
     restore_rng,
     saved_tensors,
+    write_local_pieces,
 )
-from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, write_local_pieces, write_tensor_files
-from fsdpsft.errors import CheckpointError
+from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, plan_export, write_tensor_files
+from fsdpsft.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER, HUB_FOLDER = "lora_adapter", "trainer_state/model_files"
+SLOWEST_DISK = 100_000_000
+"""Bytes a second, all ranks together; ranks that write less are taken to be stuck."""
+BYTES_PER_PARAMETER = 16
+"""Of a checkpoint: float32 weights and AdamW's two moments, and the exported weights."""
+
+
+def patience(timeout_s: int, parameters: int) -> timedelta:
+    """How long one rank waits for another while a model of so many parameters is saved or loaded."""
+    return timedelta(seconds=timeout_s + parameters * BYTES_PER_PARAMETER / SLOWEST_DISK)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA: what is written in place of the weights in training, and beside them.
+    """LoRA: what is written instead of the weights in training, and beside them.
 
     Attributes:
         merged: the plain model's tensors with the adapter added, whole, by plain name. Read once and one at a time, on
@@ -88,7 +85,7 @@ class Adapter:
 
 @dataclass
 class _Job:
-    """One save, cut loose from the tensors in training."""
+    """One save: what is to be written, copied from the tensors in training."""
 
     state: TrainState
     metric: float | None
@@ -99,7 +96,6 @@ class _Job:
     adapter_config: Mapping[str, Any] | None = None
     rng: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
-    vocab_size: int | None = None
     probe: Probe | None = None
 
     @property
@@ -127,9 +123,8 @@ class CheckpointManager:
         keep: int | None = None,
         keep_every: int | None = None,
         publish: Literal["newest", "best"] = "newest",
-        lower_is_better: bool = True,
         on_error: Literal["error", "continue"] = "error",
-        timeout: timedelta = timedelta(hours=2),
+        timeout: timedelta = timedelta(hours=1),
     ) -> None:
         """Collective where ``torch.distributed`` is initialised: makes a gloo group of its own.
 
@@ -138,23 +133,20 @@ class CheckpointManager:
             handoff: what goes with the exported weights.
             keep: number of newest checkpoints kept (None: all); the best one stays besides.
             keep_every: checkpoints of steps divisible by it stay too.
-            publish: which checkpoint the root directory shows.
-            lower_is_better: sense of the metric.
+            publish: which checkpoint the root directory shows; the best one has the lowest metric.
             on_error: whether a failed save ends the run ("error") or is logged ("continue").
-            timeout: for one rank waiting for another while files are written.
+            timeout: for one rank waiting for another while files are written; see ``patience``.
         """
         self.folder = RunFolder(root)
         self._handoff = handoff
         self._keep, self._keep_every = keep, keep_every
-        self._publish, self._lower_is_better, self._on_error = publish, lower_is_better, on_error
-        # A group of its own: a background save must not mix its messages with those of training.
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self._rank = dist.get_rank() if self._group is not None else 0
-        self._size = dist.get_world_size() if self._group is not None else 1
+        self._publish, self._on_error = publish, on_error
+        self._peers = Peers.of_this_run(timeout)
+        self._rank = self._peers.rank
         self._staging = Staging()
-        self._running: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._begun_at: int | None = 0
-        self._plan: tuple[list[tuple[str, tuple[int, ...], torch.dtype]], list[PlannedFile]] = ([], [])
         if self._rank == 0:
             self.folder.clean()
 
@@ -179,7 +171,7 @@ class CheckpointManager:
             contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
             metric: of this step, to find the best checkpoint by.
             adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
-            probe: compare the exported model's token losses with these (rank 0's count, which loads the model).
+            probe: compare the exported model's token losses with these; rank 0 does.
             background: return once the tensors are copied to host memory, and write on a thread.
 
         Returns:
@@ -193,11 +185,11 @@ class CheckpointManager:
         job = self._prepare(model, optimizer, state, frozenset(contents), adapter, copy=background)
         job.metric = metric if metric is not None and isfinite(metric) else None
         job.probe = probe
-        self._running = Future()
         if background:
-            threading.Thread(target=self._fulfil, args=(job, self._running), name="checkpoint", daemon=True).start()
+            self._thread = threading.Thread(target=self._fulfil, args=(job,), name="checkpoint")
+            self._thread.start()
         else:
-            self._fulfil(job, self._running)
+            self._fulfil(job)
             self.wait()
         stall = time.perf_counter() - began
         logger.info("checkpoint of step %d: training stood still for %.2f s", state.step, stall)
@@ -208,32 +200,36 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it failed, and ``on_error`` is "error".
+            RuntimeError: another rank did not answer; names it.
         """
-        running, self._running = self._running, None
-        if running is None:
-            return
-        try:
-            running.result()
-        except CheckpointError as error:
-            if self._on_error == "error":
-                raise
-            logger.error("%s Training goes on, as trainer.on_disk_full=continue asks.", error)
+        if self._thread is not None:
+            # Its end, not its result: a thread still freeing tensors when the interpreter goes aborts the process.
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if isinstance(failure, CheckpointError) and self._on_error == "continue":
+            logger.error("%s Training goes on, as trainer.on_disk_full=continue asks.", failure)
+        elif failure is not None:
+            raise failure
 
     def close(self) -> None:
-        """Wait for the save and the deletions under way."""
-        self.wait()
-        self.folder.finish_deletions()
+        """Wait for the save and the deletions under way, and give the buffers back."""
+        try:
+            self.wait()
+        finally:
+            self.folder.finish_deletions()
+            self._staging.close()
 
     def latest_good(self) -> Path | None:
         """The newest checkpoint that can be resumed from and passes every check; worse ones are named in a warning.
 
         Collective: the ranks share the reading. None where there is nothing to resume from.
         """
-        paths = all_gather([path for _, path in reversed(self.folder.checkpoints())], self._group)[0]
-        for path in paths:
+        names: list[str] = self._peers.all_gather([path.name for _, path in reversed(self.folder.checkpoints())])[0]
+        for path in (self.folder.root / name for name in names):
             problem = self._problem(path)
             if problem is None:
-                return Path(path)
+                return path
             if self._rank == 0:
                 logger.warning("not resuming from %s: %s", path.name, problem)
         return None
@@ -241,12 +237,14 @@ class CheckpointManager:
     def _problem(self, path: Path) -> str | None:
         problem = None
         try:
-            manifest = verify(path, part=self._rank, parts=self._size)
-            if STATE_FILE not in manifest.files:
+            manifest = verify(path, part=self._rank, parts=self._peers.size)
+            if STATE_FILE in manifest.files:
+                read_state(path)
+            else:
                 problem = f"{path} has no {STATE_FOLDER}/ (it was saved with trainer.save_contents=[model])."
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        return next((found for found in all_gather(problem, self._group) if found is not None), None)
+        return next((found for found in self._peers.all_gather(problem) if found is not None), None)
 
     def load(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, verified: bool = False
@@ -266,18 +264,18 @@ class CheckpointManager:
             raise CheckpointError(problem)
         content = read_state(path)
         saved = saved_tensors(content)
-        parameters = named_tensors(model) if content["complete"] else _trained_tensors(model)
+        parameters = named_tensors(model) if content["complete"] else trained_tensors(model)
         target = {f"{MODEL}{name}": tensor.detach() for name, tensor in parameters.items()}
         compare_tensors(path, {k: v for k, v in saved.items() if k.startswith(MODEL)}, target)
         if optimizer is not None:
             wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
             target.update(allocate_optimizer_state(parameters, optimizer, wanted))
         self._read(path / STATE_FOLDER, target)
-        if len(content["rng"]) == self._size:
+        if len(content["rng"]) == self._peers.size:
             restore_rng(content["rng"][self._rank])
         else:
             logger.warning("saved on %d processes: dropout draws will differ from there on", len(content["rng"]))
-        state = TrainState(**content["state"])
+        state = TrainState.of(content)
         self._begun_at = state.step
         if self._rank == 0 and path.resolve().parent == self.folder.root.resolve():
             self._show(state.step)  # the run may have been killed between saving this checkpoint and showing it
@@ -288,7 +286,8 @@ class CheckpointManager:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             reader = HuggingFaceStorageReader(str(folder))
-            load_sharded(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            group = self._peers.group
+            load_sharded(target, storage_reader=reader, process_group=group, no_dist=group is None)
 
     # --- the first half of a save: what, and its copy -----------------------------------------------------------
 
@@ -303,9 +302,8 @@ class CheckpointManager:
         copy: bool,
     ) -> _Job:
         """Say what is to be written, and copy it to the host if it is to be written later."""
-        parameters = named_tensors(model) if adapter is None else _trained_tensors(model)
-        job = _Job(replace(state), None, rng=capture_rng(), vocab_size=_vocab_size(model))
-        job.tied = is_tied(model)
+        parameters = named_tensors(model) if adapter is None else trained_tensors(model)
+        job = _Job(replace(state), None, rng=capture_rng(), tied=is_tied(model))
         held = {name: self._piece(name, tensor, copy) for name, tensor in parameters.items()}
         if "state" in contents:
             assert optimizer is not None, "a resumable state needs the optimiser"
@@ -319,16 +317,9 @@ class CheckpointManager:
             job.weights = held
             if adapter is not None:
                 job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
-            job.weight_files = self._planned(model, job.weights)
+            job.weight_files = plan_export(model, job.weights, self._handoff.layout)
         self._staging.finish()
         return job
-
-    def _planned(self, model: nn.Module, pieces: Mapping[str, Piece]) -> list[PlannedFile]:
-        """``plan_export``, once for as long as the tensors stay what they are."""
-        key = [(name, piece.shape, piece.dtype) for name, piece in pieces.items()]
-        if self._plan[0] != key:
-            self._plan = key, plan_export(model, pieces, self._handoff)
-        return self._plan[1]
 
     def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
         piece = piece_of(name, tensor, self._rank)
@@ -336,59 +327,60 @@ class CheckpointManager:
 
     def _rows(self, kind: str, name: str, tensor: Tensor) -> Piece:
         """A share of a tensor that exists only now, whole and on every rank: copied even for a save at once."""
-        piece = rows_of(f"{kind}/{name}", tensor, self._rank, self._size)
+        piece = rows_of(f"{kind}/{name}", tensor, self._rank, self._peers.size)
         return replace(self._staging.copy(piece), name=name)
 
     # --- the second half: files ---------------------------------------------------------------------------------
 
-    def _fulfil(self, job: _Job, promise: Future[None]) -> None:
+    def _fulfil(self, job: _Job) -> None:
         try:
             self._write(job)
         except BaseException as error:  # noqa: BLE001 - raised again on the thread that waits
-            promise.set_exception(error)
-        else:
-            promise.set_result(None)
+            self._failure = error
 
     def _write(self, job: _Job) -> None:
         """Write, vote, prove, commit. Collective over the manager's own group."""
-        began = time.perf_counter()
-        self._agree(self._begin, job)
+        began, step = time.perf_counter(), job.state.step
+        self._agree(step, partial(self._begin, job))
         problems: list[str] = []
         records: dict[str, FileRecord] = {}
-        folder = self.folder.root / f".tmp-global_step_{job.state.step}"
+        folder = self.folder.temporary(step)
         rank_file = f"{STATE_FOLDER}/rank-{self._rank:05d}.safetensors"
         self._attempt(records, problems, partial(write_local_pieces, folder, rank_file, job.training))
         for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
             if files:
-                exchange = Exchange(pieces, self._group)
+                exchange = Exchange(pieces, self._peers)
                 self._attempt(records, problems, partial(write_tensor_files, folder, files, exchange))
-        gathered = all_gather((records, problems, job.rng), self._group)
+        mine = {name: (record.size, record.sha256) for name, record in records.items()}
+        gathered = self._peers.all_gather((mine, problems, job.rng))
         if failures := [problem for _, found, _ in gathered for problem in found]:
-            self._agree(lambda _: self.folder.abandon(job.state.step), job)
-            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {'; '.join(failures)}")
-        merged = {name: record for found, _, _ in gathered for name, record in found.items()}
-        self._agree(lambda job: self._finish(job, folder, merged, [rng for _, _, rng in gathered]), job)
-        logger.info("checkpoint of step %d saved and proven in %.1f s", job.state.step, time.perf_counter() - began)
+            self._agree(step, partial(self.folder.abandon, step))
+            raise CheckpointError(f"The checkpoint of step {step} was not saved: {'; '.join(failures)}")
+        merged = {name: FileRecord(*record) for found, _, _ in gathered for name, record in found.items()}
+        self._agree(step, partial(self._finish, job, folder, merged, [rng for _, _, rng in gathered]))
+        logger.info("checkpoint of step %d saved and proven in %.1f s", step, time.perf_counter() - began)
 
-    def _attempt(self, records: dict[str, FileRecord], problems: list[str], write: Any) -> None:
+    def _attempt(
+        self, records: dict[str, FileRecord], problems: list[str], write: Callable[[], Mapping[str, FileRecord]]
+    ) -> None:
         try:
             records.update(write())
         except (OSError, CheckpointError) as error:
             problems.append(f"rank {self._rank}: {error}")
 
-    def _agree(self, act: Any, job: _Job) -> None:
+    def _agree(self, step: int, act: Callable[[], None]) -> None:
         """Have rank 0 act, and every rank fail if it failed."""
         problem = None
         if self._rank == 0:
             try:
-                act(job)
+                act()
             except Exception as error:  # whatever it is, the other ranks wait for this word
-                logger.debug("saving step %d failed", job.state.step, exc_info=True)
-                problem = f"{error}" if isinstance(error, (CheckpointError, OSError)) else repr(error)
-                self.folder.abandon(job.state.step)
-        problem = all_gather(problem, self._group)[0]
+                logger.debug("saving step %d failed", step, exc_info=True)
+                problem = f"{error}" if isinstance(error, (UserError, OSError)) else repr(error)
+                self.folder.abandon(step)
+        problem = self._peers.all_gather(problem)[0]
         if problem is not None:
-            raise CheckpointError(f"The checkpoint of step {job.state.step} was not saved: {problem}")
+            raise CheckpointError(f"The checkpoint of step {step} was not saved: {problem}")
 
     def _begin(self, job: _Job) -> None:
         self.folder.root.mkdir(parents=True, exist_ok=True)
@@ -404,7 +396,7 @@ class CheckpointManager:
         """Rank 0, once every tensor file is written: the small files, the proof, the manifest, the rename."""
         verdict: dict[str, Any] = {}
         if job.weight_files:
-            records.update(write_hub_files(folder, job.weight_files, self._handoff, job.vocab_size))
+            records.update(write_hub_files(folder, job.weight_files, self._handoff))
             verdict = prove_model(folder, job.weight_files, self._handoff, tied=job.tied)
             if job.probe is not None:
                 verdict["probe"] = prove_answers(folder, job.probe)
@@ -413,20 +405,18 @@ class CheckpointManager:
             records[name] = write_json(folder / name, job.adapter_config)
         if job.training:
             records.update(self._write_state(job, folder, rng))
-        fingerprints = self._fingerprints(job, records)
-        write_manifest(
-            folder, Manifest(job.state.step, job.metric, dict(sorted(records.items())), verdict, fingerprints)
-        )
+        content = dict(sorted(records.items()))
+        write_manifest(folder, Manifest(job.state.step, job.metric, content, verdict, self._fingerprints(job, records)))
         self.folder.commit(job.state.step)
         self._show(job.state.step, anew=True)
-        self.folder.retire(self._keep, self._keep_every, self.folder.best(self._lower_is_better))
+        self.folder.retire(self._keep, self._keep_every, self.folder.best())
 
     def _show(self, newest: int, *, anew: bool = False) -> None:
         """Rank 0: let the root be the model it should be: the best, or the last one up to step ``newest``."""
-        models = [step for step, path in self.folder.checkpoints() if step <= newest and _holds_model(path)]
+        models = [step for step, path in self.folder.checkpoints() if step <= newest and holds_model(path)]
         if not models:
             return
-        best = self.folder.best(self._lower_is_better)
+        best = self.folder.best()
         wanted = best if self._publish == "best" and best in models else models[-1]
         assert wanted is not None
         if self.folder.published() != wanted or (anew and wanted == newest):
@@ -435,32 +425,21 @@ class CheckpointManager:
     def _write_state(self, job: _Job, folder: Path, rng: list[Any]) -> dict[str, FileRecord]:
         tensors = {name: [dtype_name(p.dtype), list(p.shape)] for name, p in job.training.items()}
         content = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "complete": job.adapter_config is None,
-            "state": self._with_best(job).as_dict(),
+            "state": job.state.as_dict(),
             "source": str(self._handoff.source),
             "adapter_config": job.adapter_config,
-            "dtypes": self._handoff.stored_dtypes().as_json(),
+            "dtypes": self._handoff.layout.stored.as_json(),
             "tied": job.tied,
             "tensors": tensors,
             "rng": rng,
         }
         # The state must be exportable on its own: after the model beside it, and the source model, are gone.
-        small = write_hub_files(folder / HUB_FOLDER, (), self._handoff, job.vocab_size)
+        small = write_hub_files(folder / HUB_FOLDER, (), self._handoff)
         records = {f"{HUB_FOLDER}/{name}": record for name, record in small.items()}
         records[STATE_FILE] = write_json(folder / STATE_FILE, content)
         return records
-
-    def _with_best(self, job: _Job) -> TrainState:
-        """The state, with the best metric up to now and its step where the caller did not say."""
-        known = self.folder.metrics()
-        if job.metric is not None:
-            known[job.state.step] = job.metric
-        if job.state.best_step is not None or not known:
-            return job.state
-        choose = min if self._lower_is_better else max
-        best = choose(known, key=lambda step: known[step])
-        return replace(job.state, best_metric=known[best], best_step=best)
 
     def _fingerprints(self, job: _Job, records: Mapping[str, FileRecord]) -> dict[str, Any]:
         template = self._handoff.chat_template or source_template(self._handoff.source) or ""
@@ -474,22 +453,3 @@ class CheckpointManager:
             "trained_tokens": job.state.trained_tokens,
             "source": str(self._handoff.source),
         }
-
-
-def _holds_model(path: Path) -> bool:
-    return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that training changes, by name; frozen ones are as they are in the source model."""
-    named: dict[int, tuple[str, Tensor]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            named.setdefault(id(value), (without_wrappers(name), value))
-    return dict(named.values())
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    assert isinstance(model, PreTrainedModel), "a checkpoint is of a transformers model"
-    embeddings = model.get_input_embeddings()
-    return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else None

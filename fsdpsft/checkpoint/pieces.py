@@ -1,14 +1,17 @@
-"""Which part of a tensor this rank holds, and how a rank comes by a whole one.
+"""Which part of a tensor this rank holds, its copy in host memory, and how a rank comes by a whole tensor.
 
 A sharded parameter (DTensor) is a box per rank. For writing, every element must have exactly one writer: of the ranks
 that hold the same box, the first one. ``Exchange`` brings the boxes of one tensor together on one rank at a time, over
-a process group on the CPU, so that no rank ever holds more than the tensor it is about to write.
+a process group on the CPU, so that no rank ever holds more than the tensor it is about to write. ``Peers`` are the
+other ranks: waiting for one of them ends after a time, and says for which.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from math import prod
 from typing import Any
 
@@ -16,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fsdpsft.checkpoint.parameters import local_block
 from fsdpsft.errors import CheckpointError
 
 SLAB_BYTES = 64 << 20
@@ -68,21 +71,22 @@ def piece_of(name: str, tensor: Tensor, rank: int) -> Piece:
         CheckpointError: the tensor is a pending sum (``Partial``), which no file can hold.
     """
     tensor = tensor.detach()
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
-        whole = Box((0,) * len(shape), shape)
-        return Piece(name, tensor.dtype, shape, *((whole, tensor) if rank == 0 else (None, None)))
-    if any(placement.is_partial() for placement in tensor.placements):
-        raise CheckpointError(f"{name} is placed {tensor.placements}: a sum still to be reduced cannot be saved.")
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return Piece(name, tensor.dtype, shape, None, None)
-    placed = zip(coordinate, tensor.placements, strict=True)
-    is_copy = any(at > 0 and isinstance(placement, Replicate) for at, placement in placed)
-    size, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    if is_copy or 0 in size:
-        return Piece(name, tensor.dtype, shape, None, None)
-    return Piece(name, tensor.dtype, shape, Box(tuple(offset), tuple(size)), tensor.to_local())
+    nothing = Piece(name, tensor.dtype, tuple(tensor.shape), None, None)
+    is_mine = rank == 0
+    if isinstance(tensor, DTensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            raise CheckpointError(f"{name} is placed {tensor.placements}: a sum still to be reduced cannot be saved.")
+        coordinate = tensor.device_mesh.get_coordinate()
+        is_mine = coordinate is not None and not any(
+            at > 0 and isinstance(placement, Replicate)
+            for at, placement in zip(coordinate, tensor.placements, strict=True)
+        )
+    if not is_mine:
+        return nothing
+    local, offset = local_block(tensor)
+    if local.numel() == 0 and isinstance(tensor, DTensor):
+        return nothing
+    return replace(nothing, box=Box(offset, tuple(local.shape)), local=local)
 
 
 def rows_of(name: str, tensor: Tensor, rank: int, size: int) -> Piece:
@@ -125,13 +129,19 @@ def _rounded(size: int, unit: int) -> int:
 class Staging:
     """Host copies of pieces, so that training may change the tensors while they are being written.
 
-    The buffers (page-locked where the pieces live on a GPU, one per piece) are kept and used again: a run allocates
-    them once. Host memory: this rank's part of what it saves.
+    The buffers (page-locked where the pieces live on a GPU) are kept and used again: a run allocates them once. Small
+    pieces share slabs of ``SLAB_BYTES``, others have memory of their own. Host memory: see ``pinned_bytes``.
+
+    Attributes:
+        reserved: bytes taken so far.
     """
 
     def __init__(self) -> None:
         """Begin without buffers."""
+        self.reserved = 0
         self._buffers: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._pinned: list[Tensor] = []
         self._pending = False
 
     def copy(self, piece: Piece) -> Piece:
@@ -140,7 +150,8 @@ class Staging:
             return piece
         key = (piece.name, piece.dtype, tuple(piece.local.shape))
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(piece.local.shape, dtype=piece.dtype, pin_memory=piece.local.is_cuda)
+            memory = self._take(piece.local.nbytes, piece.local.is_cuda)
+            self._buffers[key] = memory.view(piece.dtype).view(piece.local.shape)
         self._pending = self._pending or piece.local.is_cuda
         return replace(piece, local=self._buffers[key].copy_(piece.local, non_blocking=True))
 
@@ -149,6 +160,107 @@ class Staging:
         if self._pending:
             torch.cuda.current_stream().synchronize()
             self._pending = False
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        while self._pinned:
+            _check(_cuda().cudaHostUnregister(self._pinned.pop().data_ptr()))
+
+    def _take(self, size: int, pin: bool) -> Tensor:
+        """[size] bytes of host memory."""
+        if size > _SMALL:
+            return self._allocate(_rounded(size, _PAGE), pin)[:size]
+        if _rounded(size, _ALIGNMENT) > len(self._slab):
+            self._slab = self._allocate(SLAB_BYTES, pin)
+        taken, self._slab = self._slab[:size], self._slab[_rounded(size, _ALIGNMENT) :]
+        return taken
+
+    def _allocate(self, size: int, pin: bool) -> Tensor:
+        """Whole pages, since the driver locks pages; locked as they are, for torch would lock the next power of two."""
+        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % _PAGE :][:size]
+        self.reserved += size
+        if pin:
+            _check(_cuda().cudaHostRegister(memory.data_ptr(), size, 0))
+            self._pinned.append(memory)
+        return memory
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(error: Any) -> None:
+    if int(error) != 0:
+        raise CheckpointError(
+            f"Host memory for saving in the background could not be page-locked (CUDA error {int(error)}). "
+            f"Set trainer.async_save=false, or raise the limit of locked memory (ulimit -l)."
+        )
+
+
+class Peers:
+    """The ranks of a run while they save and load; over a gloo group of their own, or a single process.
+
+    A wait that lasts longer than ``timeout`` ends the run with an error that names the rank waited for.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
+        """Take the group (CPU, all ranks of the run), whose own time-out must be longer than twice ``timeout``."""
+        self.group = group
+        self.rank = dist.get_rank(group) if group else 0
+        self.size = dist.get_world_size(group) if group else 1
+        self._timeout = timeout
+
+    @classmethod
+    def of_this_run(cls, timeout: timedelta) -> Peers:
+        """All ranks, over a new group: a background save must not mix its messages with training's. Collective."""
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.new_group(backend="gloo", timeout=3 * timeout), timeout)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order; what JSON can hold. Collective.
+
+        By way of rank 0, which so knows who is missing. The others wait longer for it than it waits for anyone.
+        """
+        if self.group is None:
+            return [value]
+        if self.rank:
+            self._send(value, 0, 2 * self._timeout)
+            found: list[Any] = self._receive(0, 2 * self._timeout)
+            return found
+        values = [value, *(self._receive(peer, self._timeout) for peer in range(1, self.size))]
+        for peer in range(1, self.size):
+            self._send(values, peer, self._timeout)
+        return values
+
+    def wait(self, work: dist.Work | None, peer: int, patience: timedelta | None = None) -> None:
+        """Wait until a message to or from ``peer`` has passed.
+
+        Raises:
+            RuntimeError: it has not in time, or the process is gone; names the rank.
+        """
+        if work is None:
+            return
+        try:
+            work.wait(patience or self._timeout)
+        except RuntimeError as error:
+            text = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"gloo: rank {self.rank} was waiting for rank {peer} to save or load: {text}") from error
+
+    def _send(self, value: Any, peer: int, patience: timedelta) -> None:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        for message in (torch.tensor([len(content)]), content):
+            self.wait(dist.isend(message, peer, self.group), peer, patience)
+
+    def _receive(self, peer: int, patience: timedelta) -> Any:
+        length = torch.empty(1, dtype=torch.int64)
+        self.wait(dist.irecv(length, peer, self.group), peer, patience)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        self.wait(dist.irecv(content, peer, self.group), peer, patience)
+        return json.loads(content.numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -162,18 +274,20 @@ class Request:
 class Exchange:
     """Brings whole tensors to the ranks that write them."""
 
-    def __init__(self, pieces: Mapping[str, Piece], group: dist.ProcessGroup | None) -> None:
-        """Tell every rank who holds what. Collective over ``group`` (CPU, all ranks); None: a single process.
+    def __init__(self, pieces: Mapping[str, Piece], peers: Peers) -> None:
+        """Tell every rank who holds what. Collective.
 
         Raises:
             CheckpointError: the boxes of all ranks together do not make up a tensor.
         """
         self._pieces = pieces
-        self._group = group
-        self.rank = dist.get_rank(group) if group else 0
-        self.size = dist.get_world_size(group) if group else 1
-        mine = {name: piece.box for name, piece in pieces.items() if piece.box is not None}
-        self._boxes: list[dict[str, Box]] = all_gather(mine, group)
+        self._peers = peers
+        self.rank, self.size = peers.rank, peers.size
+        mine = {name: (piece.box.offset, piece.box.size) for name, piece in pieces.items() if piece.box is not None}
+        self._boxes = [
+            {name: Box(tuple(offset), tuple(size)) for name, (offset, size) in boxes.items()}
+            for boxes in peers.all_gather(mine)
+        ]
         held = dict.fromkeys(pieces, 0)
         for boxes in self._boxes:
             for name, box in boxes.items():
@@ -193,12 +307,11 @@ class Exchange:
             if request is None or owner == self.rank or self._pieces[request.name].local is None:
                 continue
             local = _host_bytes(self._pieces[request.name], request.dtype)
-            sends.append((dist.isend(local, owner, self._group), local))
+            sends.append((dist.isend(local, owner, self._peers.group), owner, local))
         mine = wanted[self.rank]
         whole = None if mine is None else self._receive(mine)
-        for work, _ in sends:  # the second item keeps the bytes alive until they are sent
-            if work is not None:
-                work.wait()
+        for work, owner, _ in sends:  # the last item keeps the bytes alive until they are sent
+            self._peers.wait(work, owner)
         return whole
 
     def _receive(self, request: Request) -> Tensor:
@@ -216,11 +329,10 @@ class Exchange:
                 continue
             # Rows of the whole tensor are received in place; any other box passes through a buffer.
             buffer = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
-            work = dist.irecv(buffer.view(-1).view(torch.uint8), peer, self._group)
-            arriving.append((work, buffer, target))
-        for work, buffer, target in arriving:
-            if work is not None:
-                work.wait()
+            work = dist.irecv(buffer.view(-1).view(torch.uint8), peer, self._peers.group)
+            arriving.append((work, peer, buffer, target))
+        for work, peer, buffer, target in arriving:
+            self._peers.wait(work, peer)
             if buffer is not target:
                 target.copy_(buffer)
         return whole
@@ -229,12 +341,3 @@ class Exchange:
 def _host_bytes(piece: Piece, dtype: torch.dtype) -> Tensor:
     assert piece.local is not None
     return piece.local.to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
-
-
-def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's ``value``, in rank order; small Python objects only. None: a single process."""
-    if group is None:
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, value, group)
-    return gathered

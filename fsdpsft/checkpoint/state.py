@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fsdpsft.checkpoint.safetensors_write import dtype_named
+from fsdpsft.checkpoint.files import FileRecord, read_object
+from fsdpsft.checkpoint.pieces import Piece
+from fsdpsft.checkpoint.safetensors import TensorFileWriter, TensorSpec, dtype_named
 from fsdpsft.errors import CheckpointError
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
@@ -27,6 +29,8 @@ Saved = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and whole shape of a saved tensor."""
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "trainer_state/state.json"
+FORMAT_VERSION = 1
+_FORMER_FIELDS = {"extra", "best_metric", "best_step"}
 
 
 @dataclass
@@ -36,22 +40,23 @@ class TrainState:
     Attributes:
         step: optimiser steps done.
         epoch: passes over the data done, with fraction.
-        best_metric, best_step: of the metric that picks the best checkpoint; None before the first evaluation.
         tokens, trained_tokens: seen so far, all ranks together.
         config: the resolved settings, as nested plain values.
         data_fingerprint: content hash of the training data as tokenised.
-        extra: anything else that JSON can hold.
     """
 
     step: int
     epoch: float = 0.0
-    best_metric: float | None = None
-    best_step: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> TrainState:
+        """What ``read_state`` found. Version 0.1.0 wrote three more fields, which nothing read."""
+        state = {key: value for key, value in content["state"].items() if key not in _FORMER_FIELDS}
+        return cls(**state)
 
     def as_dict(self) -> dict[str, Any]:
         """As written to ``state.json``."""
@@ -67,19 +72,54 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / STATE_FILE
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {STATE_FILE}: there is no state to resume from.")
+    content = read_object(file, CheckpointError, "Use another checkpoint.")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
+            f"version that wrote it."
+        )
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        TrainState.of(content)
+        saved_tensors(content)
+        for key in ("complete", "source", "adapter_config", "dtypes", "tied", "rng"):
+            content[key]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint.") from error
-    if version != 1:
-        raise CheckpointError(f"{file} has format_version {version}; this version of fsdpsft reads 1.")
     return content
 
 
 def saved_tensors(content: Mapping[str, Any]) -> dict[str, Saved]:
     """Name -> (dtype, shape) of every tensor in a state."""
     return {name: (dtype_named(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+
+
+def write_local_pieces(folder: Path, path: str, pieces: Mapping[str, Piece]) -> dict[str, FileRecord]:
+    """Write this rank's own boxes into one file, in the layout ``torch.distributed.checkpoint`` reads.
+
+    That is safetensors with the boxes' offsets as JSON in the header (``HuggingFaceStorageReader``), not the default
+    format, whose metadata is a pickle.
+
+    Returns:
+        The file written; nothing where this rank holds nothing.
+    """
+    held = {name: piece for name, piece in pieces.items() if piece.local is not None and piece.box is not None}
+    if not held:
+        return {}
+    ordered = sorted(held.values(), key=lambda piece: -piece.dtype.itemsize)
+    specs = [TensorSpec(p.name, p.dtype, p.box.size) for p in ordered if p.box is not None]
+    offsets = {p.name: {"saved_offsets": p.box.offset} for p in ordered if p.box is not None}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+    writer = TensorFileWriter(folder / path, specs, metadata)
+    try:
+        for piece in ordered:
+            assert piece.local is not None
+            writer.write(piece.name, piece.local)
+        record = writer.close()
+    except OSError:
+        writer.abandon()
+        raise
+    return {path: record}
 
 
 def compare_tensors(path: Path, saved: Mapping[str, Saved], target: Mapping[str, Tensor]) -> None:

@@ -7,22 +7,85 @@ different ranks write different files at the same time.
 
 from __future__ import annotations
 
-import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from fsdpsft.checkpoint.files import FileRecord
 from fsdpsft.checkpoint.pieces import Piece, Request
-from fsdpsft.checkpoint.safetensors_write import TensorFileWriter, TensorSpec, prove_tensor_file
+from fsdpsft.checkpoint.safetensors import (
+    TensorFileWriter,
+    TensorSpec,
+    dtype_name,
+    dtype_named,
+    open_model_files,
+    prove_tensor_file,
+)
 from fsdpsft.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+DtypeOf = Callable[[str, torch.dtype], torch.dtype]
+
+
+@dataclass(frozen=True)
+class StoredDtypes:
+    """Dtypes of a model's files: the usual floating-point one, and those of the tensors that have another."""
+
+    usual: torch.dtype
+    others: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, folder: Path) -> StoredDtypes:
+        """Read them from the headers of a model folder's files."""
+        with_dtypes = {name: entry.dtype for name, entry in open_model_files(folder).items()}
+        floating = Counter(dtype for dtype in with_dtypes.values() if dtype.is_floating_point)
+        usual = floating.most_common(1)[0][0] if floating else torch.float32
+        return cls(usual, {name: dtype for name, dtype in with_dtypes.items() if dtype != usual})
+
+    def as_json(self) -> dict[str, Any]:
+        """As kept in ``state.json``."""
+        return {"usual": dtype_name(self.usual), "others": {n: dtype_name(d) for n, d in self.others.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StoredDtypes:
+        """What ``as_json`` made."""
+        others = {name: dtype_named(dtype) for name, dtype in content["others"].items()}
+        return cls(dtype_named(content["usual"]), others)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model's weight files look like.
+
+    Attributes:
+        stored: dtypes in the files that training began from; kept tensor by tensor.
+        dtype: of all floating-point tensors instead.
+        max_shard_bytes: of the largest file.
+    """
+
+    stored: StoredDtypes
+    dtype: torch.dtype | None
+    max_shard_bytes: int
+
+    def dtype_of(self, name: str, held: torch.dtype) -> torch.dtype:
+        """Dtype on disk of a tensor, given its name there and the dtype in memory."""
+        if not held.is_floating_point:
+            return held
+        if self.dtype is not None:
+            return self.dtype
+        return self.stored.others.get(name, self.stored.usual)
 
 
 @dataclass(frozen=True)
@@ -66,6 +129,69 @@ class PlannedFile:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(unit.nbytes for unit in self.units)
+
+
+def plan_export(model: nn.Module, pieces: Mapping[str, Piece], layout: Layout) -> list[PlannedFile]:
+    """Plan the weight files: names and shapes as on the Hub, dtypes and sizes as ``layout`` says.
+
+    Args:
+        model: the transformers model, for its layout conversions.
+        pieces: name in the model -> piece (only shape and dtype are looked at).
+        layout: of the files.
+    """
+    on_disk = layout.dtype_of
+    whole = {name: torch.empty(piece.shape, dtype=piece.dtype, device="meta") for name, piece in pieces.items()}
+    final = revert_weight_conversion(model, dict(whole))
+    plain = [n for n, t in whole.items() if n in final and final[n].shape == t.shape]
+    units = {n: Unit((n,), (TensorSpec(n, on_disk(n, whole[n].dtype), tuple(whole[n].shape)),)) for n in plain}
+    rest = {n: t for n, t in whole.items() if n not in units}
+    if rest:
+        logger.info("%d tensors are stored in another layout than they have in memory; converting them", len(rest))
+        wanted = {n: t for n, t in final.items() if n not in units}
+        units.update({unit.sources[0]: unit for unit in _conversion_units(model, rest, wanted, on_disk)})
+    return split_into_files([units[n] for n in whole if n in units], layout.max_shard_bytes)
+
+
+def _conversion_units(
+    model: nn.Module, rest: dict[str, Tensor], wanted: dict[str, Tensor], on_disk: DtypeOf
+) -> list[Unit]:
+    """Group tensors so that each group converts on its own to the very tensors the whole converts to.
+
+    One tensor at a time where that works (experts split apart), else a layer at a time, else all at once.
+    """
+    groupings = (
+        [[name] for name in rest],
+        list(_by_layer(rest).values()),
+        [list(rest)],
+    )
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    for groups in groupings:
+        made = [_try_convert(model, {name: rest[name] for name in group}) for group in groups]
+        if all(m is not None for m in made) and {n: t.shape for m in made if m for n, t in m.items()} == shapes:
+            return [_unit(model, group, m, on_disk) for group, m in zip(groups, made, strict=True) if m]
+    raise CheckpointError(f"{type(model).__name__}: cannot bring {sorted(rest)[:4]}... into the layout of its files.")
+
+
+def _unit(model: nn.Module, group: list[str], made: dict[str, Tensor], on_disk: DtypeOf) -> Unit:
+    dtypes = {on_disk(name, tensor.dtype) for name, tensor in made.items()}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    outputs = tuple(TensorSpec(name, widest, tuple(tensor.shape)) for name, tensor in made.items())
+    return Unit(tuple(group), outputs, partial(revert_weight_conversion, model))
+
+
+def _try_convert(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    try:
+        return dict(revert_weight_conversion(model, tensors))
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError):  # a conversion that lacks its other sources
+        return None
+
+
+def _by_layer(names: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(r".*?\.\d+\.", name)
+        layers.setdefault(match[0] if match else "", []).append(name)
+    return layers
 
 
 def split_into_files(units: Sequence[Unit], max_bytes: int) -> list[PlannedFile]:
@@ -188,31 +314,3 @@ def write_tensor_files(folder: Path, files: Sequence[PlannedFile], source: Tenso
     if sink.error is not None:
         raise sink.error
     return sink.records
-
-
-def write_local_pieces(folder: Path, path: str, pieces: Mapping[str, Piece]) -> dict[str, FileRecord]:
-    """Write this rank's own boxes into one file, in the layout ``torch.distributed.checkpoint`` reads.
-
-    That is safetensors with the boxes' offsets as JSON in the header (``HuggingFaceStorageReader``), not the default
-    format, whose metadata is a pickle.
-
-    Returns:
-        The file written; nothing where this rank holds nothing.
-    """
-    held = {name: piece for name, piece in pieces.items() if piece.local is not None and piece.box is not None}
-    if not held:
-        return {}
-    ordered = sorted(held.values(), key=lambda piece: -piece.dtype.itemsize)
-    specs = [TensorSpec(p.name, p.dtype, p.box.size) for p in ordered if p.box is not None]
-    offsets = {p.name: {"saved_offsets": p.box.offset} for p in ordered if p.box is not None}
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
-    writer = TensorFileWriter(folder / path, specs, metadata)
-    try:
-        for piece in ordered:
-            assert piece.local is not None
-            writer.write(piece.name, piece.local)
-        record = writer.close()
-    except OSError:
-        writer.abandon()
-        raise
-    return {path: record}

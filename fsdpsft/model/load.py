@@ -36,7 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
-from fsdpsft.checkpoint.safetensors_read import TensorFiles, open_model_files
+from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError, and_more
 
 logger = logging.getLogger(__name__)
@@ -283,6 +283,45 @@ def _targets(conversion: _Conversion) -> list[str]:
     return [conversion.target.replace(patterns[0], pattern) for pattern in patterns]
 
 
+# --- Filling ------------------------------------------------------------------------------------------------------
+
+
+class WeightSource:
+    """The files of a model, and which of their tensors make up which of the model's; tensors are read when asked for.
+
+    Attributes:
+        files: the files.
+        converted: number of their tensors that lie there in another layout than in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: Path, *, strict: bool = True) -> None:
+        """Read the headers and match names and shapes.
+
+        Raises:
+            ModelError: files missing, cut short or pickled, or tensors that do not fit the model.
+        """
+        self.files = open_model_files(path)
+        self._path = path
+        plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+        with _EmptyOnMeta():
+            reference = cast(Any, plain_class)._from_config(deepcopy(model.config))
+        self._reference = _parameters_to_meta(reference)
+        self._origins = _origins(self._reference, self.files, path, strict)
+        self.converted = sum(len(conversion.inputs) for conversion in self._origins.conversions)
+
+    @torch.no_grad()
+    def fill(self, targets: dict[str, list[Tensor]]) -> None:
+        """Fill tensors, by their name in the plain model, each with the part of it that this process keeps."""
+        targets = dict(targets)
+        for name, key in self._origins.direct.items():
+            for tensor in targets.pop(name, ()):
+                local, offsets = local_block(tensor)
+                self.files.read_into(key, local, offsets)
+        conversions = [c for c in self._origins.conversions if any(name in targets for name in _targets(c))]
+        _fill_converted(conversions, targets, self.files, self._reference, self._path)
+        assert not targets, f"not filled: {sorted(targets)}"
+
+
 @torch.no_grad()
 def load_weights(
     model: PreTrainedModel,
@@ -312,23 +351,17 @@ def load_weights(
     Raises:
         ModelError: files missing, cut short or pickled, or tensors that do not fit the model.
     """
-    files = open_model_files(path)
+    source = WeightSource(model, path, strict=strict)
     try:
-        plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-        with _EmptyOnMeta():
-            reference = cast(Any, plain_class)._from_config(deepcopy(model.config))
-        origins = _origins(_parameters_to_meta(reference), files, path, strict)
         _materialize(model, torch.device(device), torch.device(buffer_device or device))
-        targets = _unfilled(model)
-        for name, key in origins.direct.items():
-            for tensor in targets.pop(name, ()):
-                local, offsets = local_block(tensor)
-                files.read_into(key, local, offsets)
-        _fill_converted(origins.conversions, targets, files, reference, path)
-        assert not targets, f"not filled: {sorted(targets)}"
-        return files.bytes_read
+        if source.converted:
+            logger.warning(
+                "%s: %d tensors are stored in another layout; every process reads them whole.", path, source.converted
+            )
+        source.fill(_unfilled(model))
+        return source.files.bytes_read
     finally:
-        files.close()
+        source.files.close()
 
 
 def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
@@ -377,9 +410,6 @@ def _fill_converted(
     path: Path,
 ) -> None:
     """Run transformers' converters one after another and copy this process's part of what they yield."""
-    if conversions:
-        count = sum(len(conversion.inputs) for conversion in conversions)
-        logger.warning("%s: %d tensors are stored in another layout; every process reads them whole.", path, count)
     for conversion in conversions:
         converter = deepcopy(conversion.converter)
         for pattern, key in conversion.inputs:

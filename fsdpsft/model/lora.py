@@ -36,7 +36,7 @@ from fsdpsft.checkpoint.parameters import (
     tied_groups,
     without_wrappers,
 )
-from fsdpsft.checkpoint.safetensors_read import TensorFiles
+from fsdpsft.checkpoint.safetensors import TensorFiles
 from fsdpsft.errors import ConfigError, ModelError, and_more
 
 logger = logging.getLogger(__name__)
@@ -301,14 +301,16 @@ def adapter_config(causal_lm: PreTrainedModel, base_model: str) -> dict[str, Any
 
 
 @torch.no_grad()
-def merged_state(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def merged_state(causal_lm: PreTrainedModel, within: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) of the model with its adapters merged in, one at a time; collective.
+
+    ``within`` is a module's name: only what lies in it.
 
     Works as well without adapters. The model is left as it is. Merged weights are float32, others in their own dtype;
     a tied tensor comes once, persistent buffers come last.
     """
     for name, parameter in causal_lm.named_parameters():
-        if is_adapter(name) or ".original_module." in name:
+        if is_adapter(name) or ".original_module." in name or not name.startswith(within):
             continue
         layer_name, is_base, leaf = name.rpartition(".base_layer.")
         if is_base and leaf == "weight":
@@ -316,7 +318,7 @@ def merged_state(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         else:
             yield hf_name(name), full(parameter)
     for prefix, module in causal_lm.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False) if prefix.startswith(within) else ():
             if name not in module._non_persistent_buffers_set:
                 yield hf_name(f"{prefix}.{name}" if prefix else name), full(buffer)
 

@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,23 +21,31 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from fsdpsft.checkpoint.export import Handoff, StoredDtypes, named_tensors, plan_export, prove_model, write_hub_files
+from fsdpsft.checkpoint.export import Handoff, prove_model, write_hub_files
 from fsdpsft.checkpoint.files import copy_file, fsync_tree, require_space, write_json
-from fsdpsft.checkpoint.folder import STEP_NAME
+from fsdpsft.checkpoint.folder import MANIFEST, STEP_NAME, Manifest, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.manager import ADAPTER_FOLDER, HUB_FOLDER
-from fsdpsft.checkpoint.manifest import MANIFEST, Manifest, verify, write_manifest
+from fsdpsft.checkpoint.parameters import named_tensors
 from fsdpsft.checkpoint.pieces import Box, Piece, Request
-from fsdpsft.checkpoint.safetensors_read import INDEX_FILE, SINGLE_FILE, TensorFiles, open_model_files
-from fsdpsft.checkpoint.safetensors_write import TensorSpec
+from fsdpsft.checkpoint.safetensors import TensorFiles, TensorSpec, open_model_files
 from fsdpsft.checkpoint.state import MODEL, STATE_FILE, STATE_FOLDER, Saved, read_state, saved_tensors
-from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, split_into_files, write_tensor_files
+from fsdpsft.checkpoint.tensor_plan import (
+    PlannedFile,
+    StoredDtypes,
+    Unit,
+    plan_export,
+    split_into_files,
+    write_tensor_files,
+)
 from fsdpsft.config.load import parse_size
 from fsdpsft.errors import CheckpointError, ConfigError, UserError
 from fsdpsft.filesystem import fsync
 from fsdpsft.model import lora
-from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
+from fsdpsft.model.load import WeightSource, build_meta_model, load_model_config
+from fsdpsft.model.streamed import Part, allocate_trained, parts_of, present
 
 USAGE = """usage: python -m fsdpsft.export from=FOLDER to=FOLDER [dtype=…] [adapter=only|merged] [max_shard_size=5GB]
                                 [base=FOLDER] [trust_remote_code=false]
@@ -68,7 +76,7 @@ class Options:
 
 
 class Local:
-    """Stands where ``storage.pieces.Exchange`` stands in training: whole tensors, all for one process."""
+    """Takes the place of ``checkpoint.pieces.Exchange``: whole tensors, all for one process."""
 
     rank, size = 0, 1
 
@@ -110,14 +118,27 @@ def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Callable[[str], T
     return read
 
 
-def in_order(tensors: Iterator[tuple[str, Tensor]]) -> Callable[[str], Tensor]:
-    """Turn a stream of tensors, read in about the order it has, into a function of the name; each is given once."""
-    passed: dict[str, Tensor] = {}
+def merging_reader(model: PreTrainedModel, source: WeightSource) -> Callable[[str], Tensor]:
+    """Return a function that reads a tensor of the base and merges the adapter into it; one block is held at a time.
+
+    Args:
+        model: with adapters, which are in memory; all else is on meta.
+        source: of the base model.
+    """
+    homes: dict[str, Part] = {}
+    for part in parts_of(model):
+        homes.update((name, part) for name, *_ in part.tensors())
+    held: dict[str, Tensor] = {}
+    at: list[Part] = []
 
     def read(name: str) -> Tensor:
-        while name not in passed:
-            passed.update([next(tensors)])
-        return passed.pop(name)
+        part = homes[name]
+        if at != [part]:
+            at[:] = [part]
+            held.clear()
+            with present(part, source):
+                held.update(lora.merged_state(model, within=f"{part.name}." if part.name else ""))
+        return held[name]
 
     return read
 
@@ -135,8 +156,7 @@ def export(options: Options) -> Path:
         source = source.parent
         kind = STATE_FOLDER
     else:
-        has_model = (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file()
-        kind = "model" if has_model else STATE_FOLDER
+        kind = "model" if holds_model(source) else STATE_FOLDER
     if STEP_NAME.fullmatch(source.name) and (source / MANIFEST).is_file():
         verify(source, below=f"{STATE_FOLDER}/" if kind == STATE_FOLDER else "")
     if kind == STATE_FOLDER and not (source / STATE_FILE).is_file():
@@ -162,12 +182,11 @@ def _write(source: Path, kind: str, folder: Path, options: Options) -> None:
         parts = _from_files(source, options)
     else:
         content = read_state(source)
-        parts = (
-            _from_state(source, content, options) if content["complete"] else _from_adapter(source, content, options)
-        )
+        make = _from_state if content["complete"] else _from_adapter
+        parts = make(source, content, options)
     require_space(folder, sum(file.nbytes for file in parts.files))
     records = write_tensor_files(folder, parts.files, Local(parts.read))
-    records.update(write_hub_files(folder, parts.files, parts.handoff, None))
+    records.update(write_hub_files(folder, parts.files, parts.handoff))
     verdict = prove_model(folder, parts.files, parts.handoff, tied=parts.tied)
     write_manifest(folder, Manifest(parts.step, None, records, verdict, {"exported_from": str(source)}))
 
@@ -185,15 +204,11 @@ class _Parts:
 
 def _from_files(source: Path, options: Options) -> _Parts:
     """A Hugging Face model: the same tensors under the same names."""
-    found = open_model_files(source)
-
-    def spec(name: str) -> TensorSpec:
-        entry = found[name]
-        chosen = options.dtype if options.dtype is not None and entry.dtype.is_floating_point else entry.dtype
-        return TensorSpec(name, chosen, entry.shape)
-
-    files = split_into_files([Unit((name,), (spec(name),)) for name in found], options.max_shard_bytes)
-    return _Parts(files, found.read, _handoff(source, options))
+    found, handoff = open_model_files(source), _handoff(source, options)
+    dtype_of = handoff.layout.dtype_of
+    specs = [TensorSpec(name, dtype_of(name, entry.dtype), entry.shape) for name, entry in found.items()]
+    files = split_into_files([Unit((spec.name,), (spec,)) for spec in specs], options.max_shard_bytes)
+    return _Parts(files, found.read, handoff)
 
 
 def _from_state(source: Path, content: Mapping[str, Any], options: Options) -> _Parts:
@@ -202,27 +217,27 @@ def _from_state(source: Path, content: Mapping[str, Any], options: Options) -> _
     read = state_reader(source / STATE_FOLDER, shapes)
     handoff = _handoff(source / HUB_FOLDER, options, StoredDtypes.from_json(content["dtypes"]))
     pieces = {n.removeprefix(MODEL): Piece(n, dtype, shape, None, None) for n, (dtype, shape) in shapes.items()}
-    files = plan_export(_empty_model(handoff.source, options), pieces, handoff)
+    files = plan_export(_empty_model(handoff.source, options), pieces, handoff.layout)
     return _Parts(files, lambda name: read(MODEL + name), handoff, content["tied"], content["state"]["step"])
 
 
 def _from_adapter(source: Path, content: Mapping[str, Any], options: Options) -> _Parts:
-    """A ``trainer_state/`` of adapters: merged into the source model, which is held in memory in its own dtype."""
+    """A ``trainer_state/`` of adapters: merged into the source model, block by block."""
     base = options.base or Path(content["source"])
     if not base.is_dir():
         raise CheckpointError(f"The adapter belongs to {base}, which is not there; say where it is with base=FOLDER.")
     handoff = _handoff(source / HUB_FOLDER, options, StoredDtypes.from_json(content["dtypes"]))
-    config = load_model_config(base, trust_remote_code=options.trust_remote_code)
-    model = build_meta_model(config, dtype=handoff.stored_dtypes().usual, trust_remote_code=options.trust_remote_code)
+    model = _empty_model(base, options, handoff.layout.stored.usual)
     pieces = {name: Piece(name, t.dtype, tuple(t.shape), None, None) for name, t in named_tensors(model).items()}
-    files = plan_export(model, pieces, handoff)
+    files = plan_export(model, pieces, handoff.layout)
     with tempfile.TemporaryDirectory() as adapter:
         _write_adapter(source, STATE_FOLDER, Path(adapter), Options(source, Path(adapter)))
         settings = lora.LoraSettings(rank=0, alpha=0)  # the adapter's own configuration decides
         lora.apply_lora(model, settings, Path(adapter))
-        load_weights(model, base, device="cpu")
+        allocate_trained(model)
         lora.fill_adapters(model, seed=0, adapter_path=Path(adapter))
-    return _Parts(files, in_order(lora.merged_state(model)), handoff, content["tied"], content["state"]["step"])
+    read = merging_reader(model, WeightSource(model, base))
+    return _Parts(files, read, handoff, content["tied"], content["state"]["step"])
 
 
 def _write_adapter(source: Path, kind: str, folder: Path, options: Options) -> None:
@@ -243,10 +258,8 @@ def _write_adapter(source: Path, kind: str, folder: Path, options: Options) -> N
         names = {lora.peft_name(name.removeprefix(MODEL)): name for name in shapes}
         read = state_reader(source / STATE_FOLDER, shapes)
         write_json(folder / lora.ADAPTER_CONFIG, content["adapter_config"])
-    units = []
-    for name, kept in names.items():
-        held, shape = shapes[kept]
-        units.append(Unit((kept,), (TensorSpec(name, options.dtype or held, shape),)))
+    described = ((name, kept, *shapes[kept]) for name, kept in names.items())
+    units = [Unit((kept,), (TensorSpec(name, options.dtype or dtype, s),)) for name, kept, dtype, s in described]
     write_tensor_files(folder, [PlannedFile(lora.ADAPTER_FILE, tuple(units))], Local(read))
 
 
@@ -254,10 +267,9 @@ def _handoff(source: Path, options: Options, stored: StoredDtypes | None = None)
     return Handoff(source, options.dtype, options.max_shard_bytes, stored=stored)
 
 
-def _empty_model(folder: Path, options: Options) -> nn.Module:
+def _empty_model(folder: Path, options: Options, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     config = load_model_config(folder, trust_remote_code=options.trust_remote_code)
-    model: nn.Module = build_meta_model(config, trust_remote_code=options.trust_remote_code)
-    return model
+    return build_meta_model(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
 
 
 def parse(arguments: Sequence[str]) -> Options:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fsdpsft.batch import Sample
-from fsdpsft.checkpoint.export import StoredDtypes, carried_files
+from fsdpsft.checkpoint.export import carried_files
 from fsdpsft.checkpoint.files import copy_file
 from fsdpsft.checkpoint.parameters import full, hf_name
+from fsdpsft.checkpoint.tensor_plan import StoredDtypes
 from fsdpsft.config.schema import Config, ModelConfig
 from fsdpsft.data.batches.loader import Loader, LoaderSettings
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh

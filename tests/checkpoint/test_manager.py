@@ -6,7 +6,13 @@ import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
+import threading
+import time
 import warnings
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,12 +24,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fsdpsft.checkpoint import safetensors_write as tensor_writer
+from fsdpsft.checkpoint import safetensors as tensor_writer
 from fsdpsft.checkpoint.export import Handoff, Probe
-from fsdpsft.checkpoint.manager import CheckpointManager
-from fsdpsft.checkpoint.manifest import read_manifest
-from fsdpsft.checkpoint.state import TrainState
+from fsdpsft.checkpoint.files import record_of
+from fsdpsft.checkpoint.folder import read_manifest, write_manifest
+from fsdpsft.checkpoint.manager import CheckpointManager, patience
+from fsdpsft.checkpoint.state import STATE_FILE, TrainState
 from fsdpsft.errors import CheckpointError
+from fsdpsft.model.streamed import token_losses
 from fsdpsft.testing import run_distributed, save_tiny_model
 
 FAMILIES = {
@@ -238,7 +246,19 @@ def damage(path: Path, how: str) -> str:
         shutil.rmtree(path / "trainer_state")
         return "trainer_state"
     manifest = path / "manifest.json"
-    if how == "manifest torn":
+    deep = "[" * 100_000 + "]" * 100_000
+    if how == "state nested deep":  # by somebody who knows how to write a manifest
+        (path / STATE_FILE).write_text(deep)
+        content = read_manifest(path)
+        write_manifest(path, replace(content, files={**content.files, STATE_FILE: record_of(path / STATE_FILE)}))
+        return "state.json"
+    if how == "manifest nested deep":
+        manifest.write_text(deep)
+    elif how == "manifest not UTF-8":
+        manifest.write_bytes(b"\xff\xfe{}")
+    elif how == "manifest a list":
+        manifest.write_text("[]")
+    elif how == "manifest torn":
         os.truncate(manifest, manifest.stat().st_size // 2)
     elif how == "manifest gone":
         manifest.unlink()
@@ -249,7 +269,18 @@ def damage(path: Path, how: str) -> str:
 
 @pytest.mark.parametrize(
     "how",
-    ["bit flipped in the weights", "truncated", "half deleted", "manifest torn", "manifest gone", "manifest changed"],
+    [
+        "bit flipped in the weights",
+        "truncated",
+        "half deleted",
+        "manifest torn",
+        "manifest gone",
+        "manifest changed",
+        "manifest nested deep",
+        "manifest not UTF-8",
+        "manifest a list",
+        "state nested deep",
+    ],
 )
 def test_damage_is_named_and_the_one_before_is_taken(run, caplog, how) -> None:
     folder, model, optimizer, manager = run
@@ -303,11 +334,11 @@ def test_the_probe_refuses_a_model_that_answers_otherwise(run) -> None:
     folder, model, optimizer, manager = run
     ids = torch.arange(12)
     losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1].detach(), ids[1:], reduction="none")
-    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, losses))
+    manager.save(model, optimizer, TrainState(1), probe=Probe(ids, losses, token_losses))
     verdict = read_manifest(folder / "out" / "global_step_1").verdict["probe"]
     assert verdict["compared"] is True and verdict["largest_nats"] < 1e-4
     with pytest.raises(CheckpointError, match=r"token losses .* 0\.01 nats \(median\) away"):
-        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01))
+        manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01, token_losses))
     assert not (folder / "out" / "global_step_2").exists()
 
 
@@ -403,9 +434,64 @@ def test_a_run_killed_before_its_root_was_switched_switches_it_on_resume(run) ->
     assert AutoModelForCausalLM.from_pretrained(folder / "out").model.norm.weight[0] == 7
 
 
-def test_the_state_knows_the_best_so_far(run) -> None:
+def test_no_thread_outlives_close(run) -> None:
+    """The thread that saves is waited for to its very end, with all that it still has to free."""
+    _, model, optimizer, manager = run
+
+    class Slow(dict):  # type: ignore[type-arg]
+        def __del__(self) -> None:
+            time.sleep(0.5)
+
+    prepare = manager._prepare
+    manager._prepare = lambda *args, **more: replace(prepare(*args, **more), rng=Slow())
+    before = threading.active_count()
+    manager.save(model, optimizer, TrainState(1), background=True)
+    del manager._prepare
+    manager.close()
+    assert threading.active_count() == before
+
+
+def test_a_state_of_version_0_1_0_is_resumed_from(run) -> None:
+    """It differs from today's by three fields that nothing read."""
     folder, model, optimizer, manager = run
-    for step, loss in [(1, 2.0), (2, 1.0), (3, 1.5)]:
-        manager.save(model, optimizer, TrainState(step), metric=loss)
-    state = manager.load(folder / "out/global_step_3", model, optimizer)
-    assert (state.best_metric, state.best_step) == (1.0, 2)
+    manager.save(model, optimizer, TrainState(1, tokens=5))
+    path = folder / "out/global_step_1"
+    state = json.loads((path / STATE_FILE).read_text())
+    state["state"].update(extra={}, best_metric=0.5, best_step=1)
+    (path / STATE_FILE).write_text(json.dumps(state, indent=2))
+    content = read_manifest(path)
+    write_manifest(path, replace(content, files={**content.files, STATE_FILE: record_of(path / STATE_FILE)}))
+    assert manager.latest_good() == path
+    assert manager.load(path, model, optimizer) == TrainState(1, tokens=5)
+
+
+def stop_one_in_its_save(root: str, source: str, stopped: int) -> str:
+    """One rank is stopped (SIGSTOP) in the middle of a save; returns what the other one raises."""
+    model, optimizer = build(Path(source))
+    manager = CheckpointManager(Path(root), Handoff(Path(source)), timeout=timedelta(seconds=3))
+    if dist.get_rank() == stopped:
+        # Woken up after a while, for the test to end.
+        subprocess.Popen(["sh", "-c", f"sleep 25; kill -CONT {os.getpid()}"])
+        manager._attempt = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    train_step(model, optimizer, 0)
+    manager.save(model, optimizer, TrainState(1), background=True)
+    began = time.monotonic()
+    try:
+        manager.wait()
+    except (RuntimeError, CheckpointError) as error:
+        return f"{time.monotonic() - began:.0f} {error}"
+    return ""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_waiting_for_a_stopped_rank_ends_and_names_it(tmp_path, stopped) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    words = run_distributed(stop_one_in_its_save, 2, str(tmp_path / "out"), str(source), stopped)
+    seconds, _, message = words[1 - stopped].partition(" ")
+    assert f"rank {1 - stopped} was waiting for rank {stopped}" in message and "imed out" in message
+    assert float(seconds) < 20
+
+
+def test_patience_grows_with_the_model() -> None:
+    assert patience(20, 0) == timedelta(seconds=20)
+    assert patience(600, 7_000_000_000) == timedelta(seconds=600 + 1120)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fsdpsft.checkpoint.files import FileRecord, write_bytes
-from fsdpsft.checkpoint.manifest import Manifest, read_manifest, verify, write_manifest
+from fsdpsft.checkpoint.folder import Manifest, read_manifest, verify, write_manifest
 from fsdpsft.errors import CheckpointError
 
 

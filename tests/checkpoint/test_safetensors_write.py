@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from fsdpsft.checkpoint.files import record_of
-from fsdpsft.checkpoint.pieces import Box, Exchange, Piece, Request, piece_of, rows_of
-from fsdpsft.checkpoint.safetensors_write import (
+from fsdpsft.checkpoint.pieces import Box, Exchange, Peers, Piece, Request, piece_of, rows_of
+from fsdpsft.checkpoint.safetensors import (
     DTYPE_NAMES,
     TensorFileWriter,
     TensorSpec,
@@ -76,7 +76,7 @@ def test_wider_dtypes_come_first_in_a_file_so_that_each_is_aligned(tmp_path) -> 
     (file,) = split_into_files(units, 1000)
     assert [s.name for s in file.specs] == ["b", "a", "c"]
     tensors = {"a": torch.ones(3), "b": torch.arange(2.0), "c": torch.zeros(1)}
-    exchange = Exchange({name: piece_of(name, tensor, 0) for name, tensor in tensors.items()}, None)
+    exchange = Exchange({name: piece_of(name, tensor, 0) for name, tensor in tensors.items()}, Peers())
     records = write_tensor_files(tmp_path, [file], exchange)
     loaded = load_file(tmp_path / "model.safetensors")
     assert torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"].bfloat16())
@@ -86,7 +86,7 @@ def test_wider_dtypes_come_first_in_a_file_so_that_each_is_aligned(tmp_path) -> 
 def test_boxes_that_leave_a_gap_are_refused() -> None:
     half = Piece("t", torch.float32, (4,), Box((0,), (2,)), torch.zeros(2))
     with pytest.raises(CheckpointError, match="hold 2 elements of a tensor of shape"):
-        Exchange({"t": half}, None)
+        Exchange({"t": half}, Peers())
 
 
 def test_shares_of_rows_make_up_the_tensor() -> None:
@@ -102,7 +102,7 @@ def test_shares_of_rows_make_up_the_tensor() -> None:
 
 
 def test_collecting_casts(tmp_path) -> None:
-    exchange = Exchange({"t": piece_of("t", torch.tensor([1.0, 1 / 3]), 0)}, None)
+    exchange = Exchange({"t": piece_of("t", torch.tensor([1.0, 1 / 3]), 0)}, Peers())
     found = exchange.collect([Request("t", torch.bfloat16)])
     assert found is not None and torch.equal(found, torch.tensor([1.0, 1 / 3]).bfloat16())
 

@@ -22,7 +22,7 @@ import torch
 
 from fsdpsft import load_config
 from fsdpsft import train as run_training
-from fsdpsft.checkpoint.manifest import read_manifest
+from fsdpsft.checkpoint.folder import read_manifest
 from fsdpsft.errors import CheckpointError
 from fsdpsft.signals import EXIT_REQUEUE, Stopped
 from fsdpsft.testing import run_distributed

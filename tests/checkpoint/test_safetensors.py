@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fsdpsft.checkpoint import safetensors_read as tensor_files
-from fsdpsft.checkpoint.safetensors_read import TensorFiles, open_model_files
+from fsdpsft.checkpoint import safetensors as tensor_files
+from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError
 
 
@@ -82,7 +83,7 @@ def test_torn_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a safetensors file"):
         open_model_files(tmp_path)
     whole.write_bytes((5).to_bytes(8, "little") + b"hello")
-    with pytest.raises(ModelError, match="header is not JSON"):
+    with pytest.raises(ModelError, match="header cannot be read"):
         open_model_files(tmp_path)
     whole.unlink()
     with pytest.raises(ModelError, match="Found: nothing"):
@@ -92,4 +93,69 @@ def test_torn_and_foreign_files(tmp_path: Path) -> None:
         open_model_files(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors is missing"):
+        open_model_files(tmp_path)
+
+
+SHARD = "model-00001-of-00001.safetensors"
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("index", "complaint"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "holds list"),
+        (b'{"weight_map": {"a": "mod', "not JSON"),
+        (b"{}", "has no weight_map"),
+        (b'{"weight_map": {}}', "has no weight_map"),
+        (b'{"weight_map": ["a"]}', "has no weight_map"),
+        (b'{"weight_map": {"a": 1}}', "has no weight_map"),
+        (DEEP.encode(), "nested too deep"),
+        (b'{"weight_map": {"a": "\xff"}}', "not JSON"),
+        (b'{"weight_map": {"a": "../secret.safetensors"}}', "no file of this folder"),
+        (b'{"weight_map": {"a": "/etc/passwd"}}', "no file of this folder"),
+        (b'{"weight_map": {"a": "."}}', "no file of this folder"),
+    ],
+)
+def test_a_hostile_index_is_refused_by_name(tmp_path: Path, index: bytes, complaint: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (folder / SHARD, tmp_path / "secret.safetensors"):
+        save_file({"a": torch.ones(3)}, file)
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(ModelError, match=complaint) as refusal:
+        open_model_files(folder)
+    assert "model.safetensors.index.json" in str(refusal.value)
+
+
+def test_links_may_leave_the_folder_only_in_the_hubs_cache(tmp_path: Path) -> None:
+    (tmp_path / "repo/blobs").mkdir(parents=True)
+    save_file({"a": torch.ones(3)}, tmp_path / "repo/blobs/0af1")
+    for place in ("repo/snapshots/main", "repo/elsewhere/main"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        (folder / SHARD).symlink_to("../../blobs/0af1")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": SHARD}}))
+    assert torch.equal(open_model_files(tmp_path / "repo/snapshots/main").read("a"), torch.ones(3))
+    with pytest.raises(ModelError, match=r"is a link to .*0af1, outside the folder"):
+        open_model_files(tmp_path / "repo/elsewhere/main")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "{",
+        DEEP,
+        '{"a": 1}',
+        '{"a": {}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        '{"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_hostile_header_is_refused_by_name(tmp_path: Path, header: str) -> None:
+    content = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + bytes(8))
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         open_model_files(tmp_path)
