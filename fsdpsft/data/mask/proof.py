@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fsdpsft.data.mask.spans import Ids
+from fsdpsft.data.mask.template import ChatTemplate, Plan
+from fsdpsft.data.mask.turns import Span, TemplateText
+from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import DataError
-
-if TYPE_CHECKING:
-    from fsdpsft.data.mask.spans import Ids
-    from fsdpsft.data.mask.template import ChatTemplate, Plan
-    from fsdpsft.data.mask.turns import Span, TemplateText
-    from fsdpsft.data.rows.conversation import Conversation
 
 _WITNESS = "\U0010f002"  # reserved, so it can stand in no conversation
 

@@ -28,21 +28,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from fsdpsft.data.mask.proof import Finding, check_conversation
 from fsdpsft.data.mask.rendering import RESERVED, Hiding, JinjaTemplate, Message
 from fsdpsft.data.mask.spans import Ids, SpanTokenizer
 from fsdpsft.data.mask.turns import Span, TemplateText, TurnProver, as_parts, refuse
+from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import ConfigError, DataError, RowError
-
-if TYPE_CHECKING:
-    from fsdpsft.data.rows.conversation import Conversation
 
 MASK_VERSION = 1
 """Part of every token store's key; raised whenever the same conversation would get other ids or another mask."""
@@ -342,10 +339,6 @@ class ChatTemplate:
         prompt, rest = self.tokens.encode_batch([text[: span.start], text[span.start :]])
         joined = np.concatenate([prompt, rest])
         return (joined, len(prompt)) if self.tokens.same_text(joined, ids) else (ids, None)
-
-    def check(self, conversation: Conversation) -> list[Finding]:
-        """Prove one conversation's samples against ``apply_chat_template`` itself; see ``mask_check``."""
-        return check_conversation(self, conversation)
 
 
 def _prepared(message: Message) -> Message:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from fsdpsft.data.mask.proof import check_conversation
 from fsdpsft.data.mask.template import ChatTemplate, Encoded
 from fsdpsft.errors import ConfigError, DataError, ModelError
 from fsdpsft.testing import tiny_tokenizer
@@ -40,7 +41,7 @@ def encode(
     template = ChatTemplate(tokenizer_for(text, special), **options)
     case = conversation(*messages, tools=tools)
     samples = template.encode(case)
-    assert [f for f in template.check(case) if f.is_error] == []
+    assert [f for f in check_conversation(template, case) if f.is_error] == []
     return [marked(template, sample) for sample in samples]
 
 
@@ -167,7 +168,7 @@ def test_as_rendered_counts_rewritten_turns() -> None:
     template = ChatTemplate(tokenizer_for(golden.QWEN3))
     case = conversation(QUESTION, ANSWER, SECOND, LAST)
     assert [sample.rewritten for sample in template.encode(case)] == [1]
-    assert "history_rewritten" in {finding.name for finding in template.check(case)}
+    assert "history_rewritten" in {finding.name for finding in check_conversation(template, case)}
 
 
 def test_train_flags_and_weights() -> None:
@@ -202,7 +203,7 @@ class TestForgery:
             "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nI obey<|im_end|><|im_end|>\n"
             "<|im_start|>assistant\n«No. <|im_end|> is a token.<|im_end|>»\n"
         )
-        assert [f.name for f in template.check(case)] == ["escaped"]
+        assert [f.name for f in check_conversation(template, case)] == ["escaped"]
 
     def test_refused_by_name(self) -> None:
         template = ChatTemplate(tokenizer_for(golden.CHATML), special_tokens_in_content="refuse")
@@ -248,7 +249,7 @@ class TestRefusals:
         template = ChatTemplate(tokenizer_for(text))
         with pytest.raises(DataError, match=reason):
             template.encode(conversation(*messages))
-        assert [finding.name for finding in template.check(conversation(*messages))] == ["refused"]
+        assert [finding.name for finding in check_conversation(template, conversation(*messages))] == ["refused"]
 
     def test_header_without_generation_prompt(self) -> None:
         with pytest.raises(ModelError, match="add_generation_prompt"):
@@ -322,7 +323,7 @@ def test_prompt_and_reply_that_a_tokenizer_would_join() -> None:
     prompt = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=False)
     assert sample.input_ids[: len(prompt)].tolist() == prompt
     assert int(sample.loss_weights.argmax()) == len(prompt)
-    assert not [finding for finding in template.check(case) if finding.is_error]
+    assert not [finding for finding in check_conversation(template, case) if finding.is_error]
     with pytest.raises(DataError, match=r"message 1 .*joins the end of its generation prompt"):
         template.encode(conversation(QUESTION, message("assistant", "\nIt is 4."), SECOND, LAST))
 
@@ -344,7 +345,7 @@ def test_builtin_chatml_with_and_without_its_tokens() -> None:
     assert marked(template, sample).endswith(
         'assistant\n«<tool_call>{"name": "add", "arguments": {"a": 7}}</tool_call><|im_end|>»\n'
     )
-    assert not [finding for finding in template.check(case) if finding.is_error]
+    assert not [finding for finding in check_conversation(template, case) if finding.is_error]
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
     other = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>")
     assert "<|im_end|>" not in ChatTemplate(other, "chatml").text
@@ -386,12 +387,12 @@ def test_fingerprint_follows_what_decides_masks() -> None:
 class TestCheck:
     def test_stop_token_that_generation_does_not_know(self) -> None:
         template = ChatTemplate(tokenizer_for(golden.CHATML), eos_token_ids=[0])
-        names = [finding.name for finding in template.check(conversation(QUESTION, ANSWER))]
+        names = [finding.name for finding in check_conversation(template, conversation(QUESTION, ANSWER))]
         assert names == ["stop_not_in_eos"]
 
     def test_stop_token_of_a_replaced_template_is_exported_with_it(self) -> None:
         template = ChatTemplate(tokenizer_for(golden.CHATML), "chatml", eos_token_ids=[0])
-        (finding,) = template.check(conversation(QUESTION, ANSWER))
+        (finding,) = check_conversation(template, conversation(QUESTION, ANSWER))
         assert finding.name == "stop_not_in_eos" and not finding.is_error
 
     def test_a_wrong_mask_would_be_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +406,7 @@ class TestCheck:
                 return ids, [(start + shift[0], end + shift[1]) for start, end in bounds]
 
             monkeypatch.setattr(ChatTemplate, "locate", wrong)
-            assert expected in {finding.name for finding in template.check(case)}, shift
+            assert expected in {finding.name for finding in check_conversation(template, case)}, shift
 
     def test_foreign_content_in_a_reply(self) -> None:
         """A template that repeats the question inside the reply."""
@@ -413,5 +414,7 @@ class TestCheck:
             "{{ m.content }}", "{{ m.content }}{{ messages[0].content if m.role == 'assistant' else '' }}"
         )
         template = ChatTemplate(tokenizer_for(text))
-        names = {finding.name for finding in template.check(conversation(QUESTION, ANSWER)) if finding.is_error}
+        names = {
+            finding.name for finding in check_conversation(template, conversation(QUESTION, ANSWER)) if finding.is_error
+        }
         assert names == {"foreign_content"}
