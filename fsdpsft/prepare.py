@@ -20,6 +20,7 @@ from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.mask.row_encoder import RowEncoder
+from fsdpsft.data.mask.spans import folder_disagrees
 from fsdpsft.data.rows.conversation import RowFormat
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.distributed.mesh import Mesh, env_local_rank, env_rank
@@ -126,6 +127,8 @@ def prepare_data(config: Config, every_byte: bool = False) -> TrainingData:
     held_out = resolve_sources(d.val_files, d.dataset_info, split="validation") if d.val_files is not None else []
     model_path = resolve_model_path(config.model.partial_pretrain)
     tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+    if leader and (warning := folder_disagrees(tokenizer, model_path / "tokenizer.json")):
+        log.warning(warning)
     eos = generation_eos(model_path)
     options = BuildOptions(d.max_length, d.truncation, d.on_bad_row, d.max_bad_share, d.num_workers)
 

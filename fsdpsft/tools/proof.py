@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fsdpsft.data.batches.store_parts import NO_TRAINED_TOKEN, TOO_LONG
+from fsdpsft.data.mask.proof import check_conversation
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.mask.template import ChatTemplate, Encoded
 from fsdpsft.data.rows.conversation import Conversation
@@ -232,7 +233,7 @@ def prove_rows(part: Part, rows: Sequence[Row], skip_bad: bool) -> Outcome:
         if not isinstance(item, Conversation):
             outcome.finished_tokens += 1
             continue
-        found = part.encoder.template.check(item)
+        found = check_conversation(part.encoder.template, item)
         outcome.turns += sum(item.train)
         outcome.failed_rows += any(finding.is_error for finding in found)
         outcome.findings += [

@@ -12,6 +12,7 @@ computed once, by the tokenizer's own model, and looked up from then on. What is
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from array import array
@@ -25,6 +26,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from fsdpsft.data.mask.pretoken_cuts import Unlike, company, cut_of, require, trie_pattern
 
+ENABLED = True  # False: the tokenizer alone, for measurements
 AUDIT_EVERY = 512
 _MOST_KEYS = 1 << 17  # some 20 MB a table
 _LONGEST_KEY = 48  # longer ones seldom come again
@@ -72,8 +74,9 @@ class PreTokenizer:
     def __init__(self, backend: Tokenizer) -> None:
         """See ``of``."""
         require(isinstance(backend.model, models.BPE) and not backend.model.dropout)
-        require(backend.normalizer is None or isinstance(backend.normalizer, normalizers.NFC))
+        require(_steps(backend.normalizer) in ([], ["NFC"]))
         self._backend, self._model = backend, backend.model
+        self._composes = bool(_steps(backend.normalizer))
         self._cut, self.cuts_at_spaces = cut_of(backend.pre_tokenizer)
         added = {number: token for number, token in backend.get_added_tokens_decoder().items() if token.content}
         ours = {token.content: number for number, token in added.items() if not _is_odd(token)}
@@ -101,7 +104,7 @@ class PreTokenizer:
             backend: recognises special tokens in text and neither truncates nor pads.
         """
         try:
-            return cls(backend)
+            return cls(backend) if ENABLED else None
         except Unlike:
             return None
 
@@ -186,7 +189,7 @@ class PreTokenizer:
                 self._learn(characters - self._trusted - self._differing)
                 if not characters.isdisjoint(self._differing):
                     return False
-            if self._backend.normalizer is not None and not unicodedata.is_normalized("NFC", text):
+            if self._composes and not unicodedata.is_normalized("NFC", text):
                 return False
         return self._odd is None or self._odd.search(text) is None
 
@@ -203,6 +206,14 @@ class PreTokenizer:
             except (TypeError, UnicodeEncodeError):  # half a character, which the tokenizer refuses by name
                 same = False
             (self._trusted if same else self._differing).add(character)
+
+
+def _steps(normalizer: normalizers.Normalizer | None) -> list[str]:
+    """The types of a normalizer's steps; an empty sequence has none, like no normalizer."""
+    if normalizer is None:
+        return []
+    settings = json.loads(normalizer.__getstate__())  # type: ignore[attr-defined]
+    return [step["type"] for step in settings.get("normalizers", [settings])]
 
 
 def _as_bytes(ids: Sequence[int]) -> bytes:

@@ -1,6 +1,6 @@
 """The proof of a conversation's mask against transformers' own ``apply_chat_template``, finding by finding.
 
-``chat_template`` proves spans from its own renders; this asks the tokenizer that inference uses, token by token, and so
+``chat_template`` proves spans from its own renders; this asks transformers, as inference does, token by token, and so
 would also notice a fault of ours.
 """
 
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers.utils import chat_template_utils
 
+from fsdpsft.data.mask.spans import Ids
+from fsdpsft.data.mask.template import ChatTemplate, Plan
+from fsdpsft.data.mask.turns import Span, TemplateText, texts_of
+from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import DataError
-
-if TYPE_CHECKING:
-    from fsdpsft.data.mask.spans import Ids
-    from fsdpsft.data.mask.template import ChatTemplate, Plan
-    from fsdpsft.data.mask.turns import Span, TemplateText
-    from fsdpsft.data.rows.conversation import Conversation
 
 _WITNESS = "\U0010f002"  # reserved, so it can stand in no conversation
 
@@ -96,21 +95,14 @@ def _check_turn(
         )  # fmt: skip
     trained = "".join(template.tokens.decode(ids[a:b]) for _, (a, b) in pieces)
     message = plan.messages[index]
-    for part in _texts(message.get("content")):
+    for part in texts_of(message.get("content")):
         wanted = part.rpartition("</think>")[2].strip()
         if "".join(wanted.split()) not in "".join(trained.split()):
             yield Finding("text_missing", index, f"the trained tokens do not spell {wanted[:60]!r}")
-    for part in _texts(message.get("reasoning_content")):
+    for part in texts_of(message.get("reasoning_content")):
         if "".join(part.split()) not in "".join(trained.split()):
             note = "the template does not print the message's reasoning here"
             yield Finding("reasoning_dropped", index, note, is_error=False)
-
-
-def _texts(content: Any) -> list[str]:
-    """The strings of a message's content, plain or in parts."""
-    if isinstance(content, str):
-        return [content]
-    return [str(part["text"]) for part in content or () if isinstance(part, dict) and "text" in part]
 
 
 def _against_inference(
@@ -120,10 +112,10 @@ def _against_inference(
     prover, index = template.prover(conversation), span.message
     kwargs = {**template.variables, **conversation.template_kwargs}
     prompt, turn = (
-        template.tokenizer.apply_chat_template(
-            plan.messages[:count], tools=conversation.tools, chat_template=prover.template.text,
-            add_generation_prompt=count == index, tokenize=False, **kwargs,
-        )
+        chat_template_utils.render_jinja_template(
+            [plan.messages[:count]], tools=conversation.tools, chat_template=prover.template.text,
+            add_generation_prompt=count == index, **kwargs,
+        )[0][0]  # as apply_chat_template does, but for nulls, which it leaves out and some templates ask for
         for count in (index, index + 1)
     )  # fmt: skip
     if prover.template.prints_date:  # the clock may have moved on since

@@ -20,6 +20,7 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
+from fsdpsft.data.mask.sandbox import LimitedTemplates
 from fsdpsft.errors import ModelError, RowError
 
 Message = dict[str, Any]
@@ -33,7 +34,10 @@ _PLACEHOLDERS = range(0x100000, 0x10F000)
 RESERVED = "[\U00100000-\U0010ffff]"
 
 # What template code can raise on messages it was not written for; anything else is a bug of ours.
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 class Rendered(NamedTuple):
@@ -118,27 +122,29 @@ class JinjaTemplate:
         has_blocks: it has ``{% generation %}`` blocks.
 
     Raises:
-        ModelError: the source is not valid Jinja.
+        ModelError: the source is not valid Jinja, or cannot be compiled.
     """
 
     def __init__(self, text: str, now: datetime) -> None:
         """Compile both forms; see the class."""
         self.text = text
-        try:
-            environment = chat_template_utils._compile_jinja_template(text).environment.overlay()
-            tree = environment.parse(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         self.prints_date = "strftime_now" in text
         marking = _Marking()
-        tree = marking.visit(tree)
-        tree.set_lineno(1)
-        tree.set_environment(environment)
-        environment.filters = {**environment.filters, _BEGIN: self._begin, _END: self._end}
+        try:
+            environment = chat_template_utils._compile_jinja_template("").environment.overlay()  # shared by all
+            self._limited = LimitedTemplates(environment)
+            plain = self._limited.parse(text)
+            marked = marking.visit(self._limited.parse(text))
+            marked.set_lineno(1)
+            marked.set_environment(environment)
+            environment.filters |= {_BEGIN: self._begin, _END: self._end}
+            self._plain, self._marked = (environment.from_string(tree) for tree in (plain, marked))
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        except (SyntaxError, RecursionError) as error:  # {% break %} outside a loop; nested without end
+            raise ModelError(f"The chat template cannot be compiled: {error}") from error
         self.has_blocks = marking.has_blocks
         self._captured = marking.captured
-        self._plain = environment.from_string(text)
-        self._marked = environment.from_string(tree)
         # One flat dict each: Jinja would walk a chain of them in every render.
         self._plain.globals = {**environment.globals, "strftime_now": now.strftime}
         self._marked.globals = self._plain.globals
@@ -166,13 +172,14 @@ class JinjaTemplate:
             raise RowError("the chat template prints messages inside a macro or block and changes what it caught there")
         return rendered
 
-    @staticmethod
     def _render(
+        self,
         template: jinja2.Template,
         messages: Sequence[Message],
         variables: Mapping[str, Any],
         add_generation_prompt: bool,
     ) -> str:
+        self._limited.begin()
         try:
             # What Template.render does, with one dict made instead of three.
             given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -180,7 +187,8 @@ class JinjaTemplate:
             return "".join(template.root_render_func(template.new_context(names, shared=True)))
         except _TEMPLATE_FAULTS as error:
             raise RowError(
-                f"the chat template rejects the conversation: {error}", "rejected by the template"
+                f"the chat template rejects the conversation: {error or type(error).__name__}",
+                "rejected by the template",
             ) from error
 
     @jinja2.pass_context  # which also keeps the compiler from evaluating it once and for all

@@ -9,10 +9,12 @@ before anything else, so only the few characters between it and ``c`` are tokeni
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,9 @@ from fsdpsft.errors import ModelError, RowError
 Ids: TypeAlias = NDArray[np.uint32]
 
 _UNSPELLABLE = "special token in content"
+_HALF = ("the text holds a lone surrogate (half a character)", "not valid Unicode")
+_NAME = "\U0010f100"  # reserved; around the other names of tokens
+_SAMPLE = "Hello,  world!\nIt's 3.14 — naïve “quotes”, 漢字."
 _WINDOW = 192  # how far back a special token is looked for; a generation prompt is shorter
 
 
@@ -37,8 +42,10 @@ class SpanTokenizer:
         stop_token_ids: ids that end a turn besides the special tokens.
 
     Attributes:
-        special: text -> id of the tokens that are special (``special=True``).
-        stops: text -> id of the tokens that can end a turn.
+        added: text -> id of the tokens that are found in a text before it is cut into others.
+        special: those of them that are special (``special=True``).
+        stops: those that can end a turn.
+        guarded: those that text in a message must not become; ``guarded_pattern`` finds their text.
 
     Raises:
         ModelError: the tokenizer is a slow one.
@@ -56,15 +63,16 @@ class SpanTokenizer:
         self._table = PreTokenizer.of(self._backend)
         self._source = source
         decoder = self._backend.get_added_tokens_decoder()
-        added = {token.content: (token_id, token.special) for token_id, token in decoder.items()}
-        self.special = {text: token_id for text, (token_id, special) in added.items() if special and text}
+        self.added = {token.content: token_id for token_id, token in decoder.items() if token.content}
+        self.special = {text: token_id for text, token_id in self.added.items() if decoder[token_id].special}
         wanted = {*stop_token_ids, tokenizer.eos_token_id}
-        self.stops = self.special | {text: token_id for text, (token_id, _) in added.items() if token_id in wanted}
+        self.stops = self.special | {text: token_id for text, token_id in self.added.items() if token_id in wanted}
         self.special_pattern = re.compile(trie_pattern(self.special))
-        self._special_ids = np.array(sorted(self.special.values()), dtype=np.uint32)
         self._stop_lengths = sorted({len(text) for text in self.stops}, reverse=True)
         self._tail = lru_cache(maxsize=4096)(self._encode_uncached)
-        self._literal: Tokenizer | None = None
+        self.guarded = dict(self.stops)
+        self._renamed: Tokenizer | None = None
+        self.guard(())
 
     @property
     def source(self) -> str:
@@ -81,52 +89,49 @@ class SpanTokenizer:
         others = [text for text, ids in zip(texts, known, strict=True) if ids is None]
         try:
             encodings = iter(self._backend.encode_batch_fast(others, add_special_tokens=False) if others else ())
-        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate, from an escape in JSON
-            raise RowError("the text holds a lone surrogate (half a character)", "not valid Unicode") from error
+        except (TypeError, UnicodeEncodeError) as error:  # from an escape in JSON
+            raise RowError(*_HALF) from error
         return [np.array(next(encodings).ids, dtype=np.uint32) if ids is None else ids for ids in known]
 
     def encode(self, text: str) -> Ids:
         """Tokenise one text."""
         return self.encode_batch([text])[0]
 
-    def encode_hidden(self, text: str, originals: dict[str, str]) -> Ids:
-        """Tokenise a text in which placeholders stand for strings that must not become special tokens.
+    def guard(self, names: Iterable[str]) -> None:
+        """Keep further added tokens from being forged by content, besides the special ones and the stops."""
+        self.guarded |= {name: self.added[name] for name in names}
+        self.guarded_pattern = re.compile(trie_pattern(self.guarded))
+        self._renamed = None
 
-        The text is cut at the special tokens that the template wrote; in a piece that holds placeholders they are
-        replaced by the original strings and the piece is tokenised with special tokens switched off.
+    def encode_hidden(self, text: str, originals: Mapping[str, str]) -> Ids:
+        """Tokenise a text in which placeholders stand for strings of the content that must stay ordinary text.
+
+        A tokenizer whose guarded tokens have other names reads the text, in which those that the template wrote have
+        these names too. So the content's are ordinary text, in the very context in which they stand.
 
         Raises:
-            RowError: the tokenizer cannot spell the piece as ordinary text.
+            RowError: the tokenizer cannot do this.
         """
         table = {ord(placeholder): original for placeholder, original in originals.items()}
-        parts: list[Ids] = []
-        plain_start = 0
-        for start, end in self._between_special(text):
-            piece = text[start:end]
-            restored = piece.translate(table)
-            if restored == piece:
-                continue
-            parts += [self.encode(text[plain_start:start]), self._encode_literal(restored)]
-            plain_start = end
-        parts.append(self.encode(text[plain_start:]))
-        ids = np.concatenate(parts)
-        if not self.same_text(ids, self._encode_literal(text.translate(table))):
-            raise RowError("this tokenizer cannot spell special-token text in content as ordinary text", _UNSPELLABLE)
-        return ids
-
-    def _between_special(self, text: str) -> list[tuple[int, int]]:
-        bounds = [0, *(edge for match in self.special_pattern.finditer(text) for edge in match.span()), len(text)]
-        return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
-
-    def _encode_literal(self, text: str) -> Ids:
-        """Tokenise a text in which special tokens are ordinary text."""
-        if self._literal is None:
-            self._literal = _clean(self._source)
-            self._literal.encode_special_tokens = True
-        ids = np.array(self._literal.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        if np.isin(ids, self._special_ids).any():
+        names = {name: f"{_NAME}{token_id}{_NAME}" for name, token_id in self.guarded.items()}
+        if self._renamed is None:
+            self._renamed = _with_names(self._source, names)
+        renamed, count = self.guarded_pattern.subn(lambda match: names[match.group()], text)
+        if any(_NAME in original for original in originals.values()) or not np.array_equal(
+            self._encode_renamed(renamed), self.encode(text)
+        ):
+            raise RowError("this tokenizer cannot spell the text of its special tokens as ordinary text", _UNSPELLABLE)
+        ids = self._encode_renamed(renamed.translate(table))
+        if np.isin(ids, list(self.guarded.values())).sum() != count:
             raise RowError("this tokenizer makes a special token of ordinary text", _UNSPELLABLE)
         return ids
+
+    def _encode_renamed(self, text: str) -> Ids:
+        assert self._renamed is not None
+        try:
+            return np.array(self._renamed.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RowError(*_HALF) from error
 
     def same_text(self, ids: Ids, others: Ids) -> bool:
         """Whether both decode to the same text; so compared, a normalizer's changes are no difference."""
@@ -203,3 +208,66 @@ def _clean(source: str) -> Tokenizer:
     backend.no_padding()
     backend.encode_special_tokens = False
     return backend
+
+
+def _with_names(source: str, names: Mapping[str, str]) -> Tokenizer:
+    """The same backend with other names for some added tokens, which keep their ids.
+
+    Raises:
+        RowError: the model builds one of these tokens from parts, so that its name is not free to change.
+    """
+    settings = json.loads(source)
+    model = settings["model"]
+    settings["post_processor"] = None  # it names tokens too, and adds only what is not wanted
+    for token in settings["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): number for name, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    try:
+        return _clean(json.dumps(settings))
+    except Exception as error:  # the library knows no narrower one
+        text = f"the text of special tokens in content cannot be told from the tokens: {error}"
+        raise RowError(text, _UNSPELLABLE) from error
+
+
+def folder_disagrees(tokenizer: PreTrainedTokenizerBase, file: Path) -> str | None:
+    """A warning if the tokenizer gives other ids than the ``tokenizer.json`` it was loaded from; else None.
+
+    transformers rebuilds some tokenizers (Llama 2's, Yi's, InternLM's) by their class instead of reading that file,
+    and what serves the model may read the file.
+    """
+    if not file.is_file():
+        return None
+    source, backend = file.read_text(encoding="utf-8"), tokenizer.backend_tokenizer
+    if _is_alike(backend, json.loads(source)):
+        return None
+    ours, theirs = (b.encode(_SAMPLE, add_special_tokens=False) for b in (backend, Tokenizer.from_str(source)))
+    if theirs.ids == ours.ids:
+        return None
+    place = next((n for n, (a, b) in enumerate(zip(ours.ids, theirs.ids, strict=False)) if a != b), "the end")
+    return (
+        f"{type(tokenizer).__name__}, as transformers loads it, gives other token ids than {file}: they part at token "
+        f"{place} of {_SAMPLE!r} ({ours.tokens[:8]} and {theirs.tokens[:8]}). Training uses the first, as "
+        "AutoTokenizer gives it; a server that reads tokenizer.json would prompt with the second"
+    )
+
+
+def _is_alike(backend: Tokenizer, settings: Mapping[str, Any]) -> bool:
+    """Whether all but the vocabulary is as the file says; then there is no need to build its tokenizer (seconds)."""
+    for name in ("normalizer", "pre_tokenizer"):
+        part = getattr(backend, name)
+        found = None if part is None else json.loads(part.__getstate__())
+        # The offsets of tokens, which this is about, are not used.
+        theirs, ours = (
+            json.dumps(x).replace('"trim_offsets": false', '"trim_offsets": true') for x in (settings[name], found)
+        )
+        if theirs != ours:
+            return False
+    model = settings["model"]
+    flags = {name: value for name, value in model.items() if name not in ("type", "vocab", "merges")}
+    same = all(getattr(backend.model, name, None) == value for name, value in flags.items())
+    return same and backend.get_vocab_size(with_added_tokens=False) == len(model["vocab"])

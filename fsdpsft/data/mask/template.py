@@ -28,23 +28,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from fsdpsft.data.mask.proof import Finding, check_conversation
 from fsdpsft.data.mask.rendering import RESERVED, Hiding, JinjaTemplate, Message
 from fsdpsft.data.mask.spans import Ids, SpanTokenizer
-from fsdpsft.data.mask.turns import Span, TemplateText, TurnProver, as_parts, refuse
+from fsdpsft.data.mask.turns import Span, TemplateText, TurnProver, refuse
+from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import ConfigError, DataError, RowError
 
-if TYPE_CHECKING:
-    from fsdpsft.data.rows.conversation import Conversation
-
-MASK_VERSION = 1
+MASK_VERSION = 2
 """Part of every token store's key; raised whenever the same conversation would get other ids or another mask."""
 
 _REASONING = {"reasoning_content", "reasoning", "thinking"}
@@ -144,7 +141,8 @@ class ChatTemplate:
         kwargs: template variables for every conversation (``enable_thinking``, ``date_string``, …); a conversation's
             own ``template_kwargs`` go before them.
         special_tokens_in_content: what to do with the text of special tokens in messages and tools: ``escape`` spells
-            it as ordinary text, ``refuse`` rejects the conversation. Only tokens with ``special=True`` count.
+            it as ordinary text, ``refuse`` rejects the conversation. Special are tokens with ``special=True``, stop
+            tokens, and those that the template prints around messages (``TurnProver.markers``).
         history: one sample per conversation ``as_rendered``, or one per trained assistant turn (``per_turn``).
         eos_token_ids: ``generation_config.eos_token_id`` as a list; ``check`` compares stop tokens with it.
         now: what ``strftime_now`` reports in templates that print the date; by default the moment of construction.
@@ -187,7 +185,9 @@ class ChatTemplate:
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
-        self._hidden = re.compile(f"{self.tokens.special_pattern.pattern}|{RESERVED}")
+        for prover in {self._prover, self._tool_prover}:
+            self.tokens.guard(prover.markers(self.variables))
+        self._hidden = re.compile(f"{self.tokens.guarded_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
         return TurnProver(JinjaTemplate(text, self.now), self.tokens, self.eos_token_ids, self.variables)
@@ -247,11 +247,9 @@ class ChatTemplate:
         """Render a conversation and prove its trained spans."""
         if not conversation.messages:
             raise RowError("the conversation has no messages", "no messages")
-        hiding = Hiding(self.tokens.special_pattern, self._hidden)
+        hiding = Hiding(self.tokens.guarded_pattern, self._hidden)
         prover = self.prover(conversation)
-        plain = [_prepared(message) for message in conversation.messages]
-        if prover.wants_parts:
-            plain = [as_parts(message) for message in plain]
+        plain = [prover.shaped(_prepared(message)) for message in conversation.messages]
         messages = [self._hide(index, message, hiding) for index, message in enumerate(plain)]
         variables = {**self.variables, **conversation.template_kwargs, "tools": hiding.hide(conversation.tools)}
         weights = {
@@ -279,7 +277,7 @@ class ChatTemplate:
         before = hiding.count
         hidden: Message = {key: value if key == "role" else hiding.hide(value) for key, value in message.items()}
         if hiding.count > before and self.special_tokens_in_content == "refuse":
-            found = [text for text in hiding.originals.values() if text in self.tokens.special]
+            found = [text for text in hiding.originals.values() if text in self.tokens.guarded]
             if found:
                 raise DataError(
                     f"message {index} ({message.get('role')}): its content holds the special token {found[0]!r}"
@@ -342,10 +340,6 @@ class ChatTemplate:
         prompt, rest = self.tokens.encode_batch([text[: span.start], text[span.start :]])
         joined = np.concatenate([prompt, rest])
         return (joined, len(prompt)) if self.tokens.same_text(joined, ids) else (ids, None)
-
-    def check(self, conversation: Conversation) -> list[Finding]:
-        """Prove one conversation's samples against ``apply_chat_template`` itself; see ``mask_check``."""
-        return check_conversation(self, conversation)
 
 
 def _prepared(message: Message) -> Message:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,15 @@ from fsdpsft.errors import DataError, ModelError, RowError
 Variables = Mapping[str, Any]
 
 _PROBE = "probe of the reply"
+_NAME = "probe_of_calls"
+_ASK = {"role": "user", "content": "question"}
+_CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "probe0000", "function": {"name": _NAME, "arguments": {"a": 1}}}],
+}
+# Added tokens that can mark something: they begin and end with a sign, and hold a letter.
+_MARK = re.compile(r"[^\w\s](?=.*[^\W\d_]).+[^\w\s]", re.DOTALL)
 _THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 
@@ -77,6 +87,28 @@ def as_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return call
+    named = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {**call, "function": named} if "function" in call else named
+
+
+def _tag(name: str) -> str:
+    """``<x>`` for ``<x>`` and ``</x>``."""
+    return name.replace("</", "<", 1)
+
+
+def texts_of(content: Any) -> list[str]:
+    """The strings of a message's content, plain or in parts."""
+    if isinstance(content, str):
+        return [content]
+    return [str(part["text"]) for part in content or () if isinstance(part, dict) and "text" in part]
+
+
 def refuse(index: int, explanation: str) -> RowError:
     """The error for an assistant message whose trained tokens cannot be proven."""
     return RowError(f"message {index} (assistant): {explanation}", "loss mask not provable")
@@ -113,10 +145,12 @@ class TurnProver:
         self._tokens = tokens
         self._stop_ids = frozenset(stop_token_ids)
         self.wants_parts, self.header = self._probe(variables)
+        self._calls = (False, False)
+        self._calls = self._probe_calls(variables)
 
     def _probe(self, variables: Variables) -> tuple[bool, str]:
         """Learn from a question and a reply how the template takes content and how it prompts."""
-        messages: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+        messages: list[Message] = [_ASK, {"role": "assistant", "content": _PROBE}]
         for wants_parts in (False, True):
             shaped = [as_parts(message) for message in messages] if wants_parts else messages
             try:
@@ -136,6 +170,81 @@ class TurnProver:
                 )
             return wants_parts, header
         return False, ""
+
+    def _probe_calls(self, variables: Variables) -> tuple[bool, bool]:
+        """Learn in which form the template prints a tool call: arguments as text, and no content beside it."""
+        for form in ((False, False), (True, False), (False, True), (True, True)):
+            self._calls = form
+            try:
+                text = self.template.plain([self.shaped(_ASK), self.shaped(_CALLING)], variables, False)
+            except DataError:
+                continue
+            if _NAME in text:
+                return form
+        return False, False
+
+    def shaped(self, message: Message) -> Message:
+        """The message in the form in which this template prints it."""
+        if self.wants_parts:
+            message = as_parts(message)
+        as_text, null_content = self._calls
+        if "tool_calls" not in message or not (as_text or null_content):
+            return message
+        if null_content and not message.get("content"):
+            message = {**message, "content": None}
+        return {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]} if as_text else message
+
+    def markers(self, variables: Variables) -> set[str]:
+        """Added tokens that are not special, but with which the template marks turns; content must not forge them.
+
+        Left out are what a reply itself may hold (``<think>``, which some templates print in each reply) and tags
+        around a tool's result (``<tool_response>``), which data sets write into messages.
+        """
+        names = [name for name in self._tokens.added if name not in self._tokens.guarded and _MARK.fullmatch(name)]
+        if not names:
+            return set()
+        user, reply = {"role": "user", "content": "probe 0"}, {"role": "assistant", "content": "probe 1"}
+        probes = [[user, reply, {**user, "content": "probe 2"}], [{"role": "system", "content": "probe 3"}, user]]
+        frames, replies = zip(*(self._frame(probe, variables) for probe in probes), strict=True)
+        around, within = "".join(frames), "".join(replies)
+        said = {_tag(name) for name in names if name in within}
+        tags = {_tag(name) for name in names if "</" in name}
+        results = self._result_frame(variables)
+        return {name for name in names if name in around and _tag(name) not in said} | {
+            name for name in names if name in results and _tag(name) not in tags
+        }
+
+    def _frame(self, messages: Sequence[Message], variables: Variables) -> tuple[str, str]:
+        """What the template prints around the content of these messages: outside of replies, and within them."""
+        messages = [self.shaped(message) for message in messages]
+        frame = reply = ""
+        position = 0
+        try:
+            text = self.template.plain(messages, variables, False)
+            for index, message in enumerate(messages):
+                start = text.find(texts_of(message["content"])[0], position)
+                if start < 0:
+                    return "", ""
+                end = start
+                if message["role"] == "assistant":
+                    prompt = self.template.plain(messages[:index], variables, True)
+                    end = min(max(position, _shared(prompt, text)), start)
+                frame, reply = frame + text[position:end], reply + text[end:start]
+                position = start + len(texts_of(message["content"])[0])
+        except DataError:  # no system role, for instance
+            return "", ""
+        return frame + text[position:], reply
+
+    def _result_frame(self, variables: Variables) -> str:
+        """What the template prints from a tool's result on."""
+        result = {"role": "tool", "name": _NAME, "tool_call_id": "probe0000", "content": "probe 4"}
+        messages = [self.shaped(message) for message in (_ASK, _CALLING, result)]
+        try:
+            rendered = self.template.marked(messages, variables)
+        except DataError:  # no tools
+            return ""
+        owned = rendered.owned(2)
+        return rendered.text[owned[0][0] :] if owned else ""
 
     def as_rendered(
         self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
@@ -244,9 +353,7 @@ class TurnProver:
 
     def _require_complete(self, turn: _Turn, message: Message) -> None:
         """Refuse a template that drops what the assistant said; content may be trimmed, and thoughts moved."""
-        content = message.get("content", "")
-        parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content if isinstance(p, dict)]
-        texts = [str(part).rpartition("</think>")[2].strip() for part in parts]
+        texts = [part.rpartition("</think>")[2].strip() for part in texts_of(message.get("content"))]
         if "tool_calls" in message:
             calls = [call.get("function", call) for call in message["tool_calls"] if isinstance(call, dict)]
             texts += [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]

@@ -70,8 +70,19 @@ UNCLOSED = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
+# Turn markers that are added tokens, but not special ones; calls with text as arguments and null as content.
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<!Out!>{{ m.content }}<!/Out!>"
+    "{% elif m.role == 'assistant' and m.content is none %}<!Assistant!>"
+    "{% for c in m.tool_calls %}<!Call!>{{ c.function.name + c.function.arguments }}{% endfor %}<|end|>"
+    "{% elif m.role == 'assistant' %}<!Assistant!>{{ m.content }}<|end|>"
+    "{% else %}<!User!>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<!Assistant!>{% endif %}"
+)
+
 _SPECIAL = re.compile(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>")
-PLAIN_ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+PLAIN_ADDED = [
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<!User!>", "<!Assistant!>", "<!Call!>", "<!Out!>", "<!/Out!>"
+]  # fmt: skip
 
 
 def tokenizer_for(template: str, special: list[str] | None = None, **names: str) -> PreTrainedTokenizerFast:

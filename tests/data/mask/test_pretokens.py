@@ -111,6 +111,24 @@ def test_which_expressions_let_texts_be_cut_at_spaces(name: str, by_spaces: bool
     assert table.cuts_at_spaces is by_spaces
 
 
+@pytest.mark.parametrize("steps", [[], [normalizers.NFC()]])
+def test_a_normalizer_may_be_a_sequence(steps: list[normalizers.Normalizer]) -> None:
+    """An empty one changes nothing; as such it is DeepSeek's."""
+    backend = tokenizer(PRE_TOKENIZERS["qwen"](), normalizers.Sequence(steps))
+    table = PreTokenizer.of(backend)
+    assert table is not None
+    assert (table.encode("e\u0301") is None) == bool(steps)
+    for text in CORPUS:
+        ids = table.encode(text)
+        assert ids is not None
+        assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_the_table_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretokens, "ENABLED", False)
+    assert PreTokenizer.of(BACKENDS["qwen"]) is None
+
+
 def test_nearly_all_characters_are_cut_alike() -> None:
     table = PreTokenizer.of(BACKENDS["qwen"])
     assert table is not None

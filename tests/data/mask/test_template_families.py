@@ -13,6 +13,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from fsdpsft.data.mask.proof import check_conversation
 from fsdpsft.data.mask.template import ChatTemplate
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import DataError
@@ -149,7 +150,7 @@ def test_rule(name: str, kind: str, history: str) -> None:
     assert exact >= len(turns) - rewritten
     assert history == "as_rendered" or rewritten == 0
     if not template._prover.template.prints_date:
-        assert [finding for finding in template.check(case) if finding.is_error] == []
+        assert [finding for finding in check_conversation(template, case) if finding.is_error] == []
 
 
 def trained_runs(weights: np.ndarray) -> list[tuple[int, int]]:

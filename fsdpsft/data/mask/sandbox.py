@@ -1,0 +1,166 @@
+"""Limits on what a chat template may do: it is code from the Hub, and may loop or build text without end.
+
+The sandbox of transformers keeps templates away from files and Python's internals. It does not bound their time and
+memory, so that is done here: each loop iteration, call, filter and sum costs work, more for a longer result, and one
+render has a budget. Operations that could make a large value at once are looked at before they are carried out.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MOST_WORK = 10_000_000
+"""Units of one render, some seconds: one a step, ``_CALL`` a call, and one for each ``_CHARACTERS`` of the result."""
+
+LARGEST = 1 << 25
+"""Most characters or items of one value, and the largest number given to a function."""
+
+_CALL = 16
+_CHARACTERS = 4096
+_MOST_BITS = 1 << 16
+_WIDTH = re.compile(r"%[-#0 +]*(?:\d*\.)?(?:\*|\d{7})|\{[^{}]*\d{7}")
+_JOIN, _STEP = "_fsdpsft_join", "_fsdpsft_step"
+
+
+class LimitedTemplates:
+    """Compiles templates whose renders end; not for several threads at a time.
+
+    Args:
+        environment: of one's own; its operators, filters and calls are replaced by checked ones.
+    """
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        """Put the checks in place."""
+        assert isinstance(environment, SandboxedEnvironment)
+        self.environment = environment
+        self._left = MOST_WORK
+        sums = {sign: self._measured(environment.binop_table[sign], check) for sign, check in _OPERATORS.items()}
+        environment.binop_table = environment.binop_table | sums
+        environment.intercepted_binops = frozenset(sums)
+        growing = {name: self._measured(environment.filters[name], check) for name, check in _FILTERS.items()}
+        environment.filters = environment.filters | growing | {_JOIN: self._measured(_join, None), _STEP: self._step}
+        environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
+        self._call = environment.call
+        environment.call = self._checked_call  # type: ignore[method-assign]
+
+    def parse(self, text: str) -> nodes.Template:
+        """The syntax tree, with a step in each loop."""
+        return _Stepping().visit(self.environment.parse(text))  # type: ignore[no-any-return]
+
+    def begin(self) -> None:
+        """Give the next render its budget."""
+        self._left = MOST_WORK
+
+    def _spend(self, work: int) -> None:
+        self._left -= work
+        if self._left < 0:
+            raise SecurityError("it loops too often, or makes too much text")
+
+    def _measure(self, result: Any) -> None:
+        if isinstance(result, str | list | tuple) and len(result) > _CHARACTERS:
+            _require(len(result))
+            self._spend(len(result) // _CHARACTERS)
+
+    @jinja2.pass_context  # which also keeps the compiler from evaluating it once
+    def _step(self, _: jinja2.runtime.Context, value: str) -> str:
+        self._spend(1)
+        return value
+
+    def _measured(self, function: Callable[..., Any], check: Callable[..., None] | None) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def measured(*arguments: Any, **named: Any) -> Any:
+            if check is not None:
+                check(*arguments, *named.values())
+            result = function(*arguments, **named)
+            self._measure(result)
+            return result
+
+        return measured
+
+    def _checked_call(self, context: jinja2.runtime.Context, called: Any, *arguments: Any, **named: Any) -> Any:
+        self._spend(_CALL)
+        if getattr(called, "__name__", None) in _METHODS:
+            owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+            if called.__name__.startswith("format"):
+                _check_format(owner)
+            _check_growth(owner, *arguments, *named.values())
+        result = self._call(context, called, *arguments, **named)
+        self._measure(result)
+        return result
+
+
+class _Stepping(NodeTransformer):
+    """Counts the iterations of loops, and makes ``~`` a filter, which can be checked."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.body.insert(0, nodes.Output([nodes.Filter(nodes.Const(""), _STEP, [], [], None, None)]))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return nodes.Filter(nodes.List(node.nodes), _JOIN, [], [], None, None)
+
+
+def _join(values: Iterable[Any]) -> str:
+    return "".join(map(str, values))
+
+
+def _require(size: int) -> None:
+    if size > LARGEST:
+        raise SecurityError(f"it asks for {size:,} characters or items")
+
+
+def _check_product(left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() + right.bit_length())
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, str | list | tuple) and isinstance(times, int):
+            _require(len(value) * times)
+
+
+def _check_power(left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() * right)
+
+
+def _check_bits(bits: int) -> None:
+    if bits > _MOST_BITS:
+        raise SecurityError("it computes with enormous numbers")
+
+
+def _check_format(text: Any, *_: Any) -> None:
+    if isinstance(text, str) and _WIDTH.search(text):
+        raise SecurityError("it formats with an enormous width")
+
+
+def _check_growth(*given: Any) -> None:
+    """Look at what a function is given that pads, repeats, replaces or joins text."""
+    numbers = [value for value in given if isinstance(value, int)]
+    text, *words = [value for value in given if isinstance(value, str)] or [""]
+    lists = [value for value in given if isinstance(value, list | tuple)]
+    _require(max(numbers, default=0))
+    if len(words) == 2:  # a replacement
+        _require(text.count(words[0]) * len(words[1]))
+    for number in numbers:
+        _require(text.count("\t") * number + text.count("\n") * number)
+    for values in lists:
+        _require(len(text) * len(values) + sum(len(item) for item in values if isinstance(item, str)))
+
+
+_OPERATORS: dict[str, Callable[..., None] | None] = {
+    "+": None, "*": _check_product, "**": _check_power, "%": _check_format
+}  # fmt: skip
+_FILTERS: dict[str, Callable[..., None]] = {"format": _check_format} | dict.fromkeys(
+    ("batch", "center", "indent", "join", "replace", "round", "slice", "sum", "tojson", "wordwrap"), _check_growth
+)
+_METHODS = {"center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "zfill"}
