@@ -1,11 +1,12 @@
-"""What the data side and the output folder both need of a file system: locks, and writes that outlast a power cut.
+"""Locks, and writes that survive a crash: what the data side and the output folder both need of a file system.
 
-A lock is the kernel's (``flock``), so it goes with the process that held it, however that died, and nobody has to guess
-from a heartbeat whether an owner still lives. The file's text tells the others whom they wait for; it decides nothing.
+A lock is the kernel's (``flock``): it ends with the process that holds it, however that process ends, so nobody has to
+guess whether an owner still lives. The file's text names the owner to those who wait; it decides nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -14,7 +15,6 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -25,19 +25,19 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, err
 
 
 class LockHeldError(Exception):
-    """A lock was not let go in time; ``owner`` is who holds it."""
+    """A lock was not released in time; ``owner`` is who holds it."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(f"the lock is held by {owner}")
         self.owner = owner
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(path: Path, purpose: str, patience_s: float = math.inf) -> Iterator[bool]:
     """Hold the lock file ``path``, waiting for its owner to finish or die.
 
     Args:
-        path: the lock file; made when missing and never deleted, since others may be waiting on it.
+        path: the lock file; made when missing. Only its holder may delete it.
         purpose: what the owner is doing, for the message to those who wait.
         patience_s: seconds to wait at most.
 
@@ -45,46 +45,66 @@ def exclusive(path: Path, purpose: str, patience_s: float = math.inf) -> Iterato
         True; False where the file system has no locks, after a warning.
 
     Raises:
-        LockHeldError: somebody else held it all that time.
+        LockHeldError: another process held it all that time.
+        OSError: the lock file cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    deadline = next_message = time.monotonic()
+    deadline += patience_s
+    while (found := _try_to_lock(path)) is None:
+        now = time.monotonic()
+        if now >= deadline:
+            raise LockHeldError(owner(path))
+        if now >= next_message:
+            limit = "" if math.isinf(patience_s) else f", {patience_s:.0f} s at most"
+            log.warning("waiting for %s, which is %s (lock %s)%s", owner(path), purpose, path, limit)
+            next_message += REPEAT_SECONDS
+        time.sleep(POLL_SECONDS)
+    descriptor, held = found
     try:
-        held = _acquire(descriptor, path, purpose, time.monotonic() + patience_s)
-        if held:
-            started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} (since {started})".encode(), 0)
-        try:
-            yield held
-        finally:
-            if held:
-                os.ftruncate(descriptor, 0)  # so an owner named in a lock that nobody holds is one that was killed
+        if held and (dead := owner(path, default="")):
+            log.warning("taking over from %s, which died while it was %s", dead, purpose)
+        elif not held:
+            log.warning("%s: this file system has no locks; %s without one", path, purpose)
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        _sign(descriptor, held, f"process {os.getpid()} on {socket.gethostname()} (since {started})")
+        yield held
     finally:
+        _sign(descriptor, held, "")  # a lock that names an owner and is not held is one whose owner was killed
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, purpose: str, deadline: float) -> bool:
-    next_message = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            now = time.monotonic()
-            if now >= deadline:
-                raise LockHeldError(owner(path)) from None
-            if now >= next_message:
-                log.warning("waiting for %s, which is %s (lock %s)", owner(path), purpose, path)
-                next_message += REPEAT_SECONDS
-            time.sleep(POLL_SECONDS)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            log.warning("%s: this file system has no locks (%s); %s without one", path, error.strerror, purpose)
-            return False
-        else:
-            if (dead := owner(path, default="")) != "":
-                log.warning("taking over from %s, which died while it was %s", dead, purpose)
-            return True
+def _try_to_lock(path: Path) -> tuple[int, bool] | None:
+    """An open descriptor of ``path``, and whether it is locked (or cannot be); None while another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    kept = False
+    try:
+        held = _flock(descriptor, fcntl.LOCK_EX)
+        deleted = held and os.fstat(descriptor).st_nlink == 0  # by the holder before, after it was opened here
+        kept = held is not False and not deleted
+        return (descriptor, held is True) if kept else None
+    finally:
+        if not kept:
+            os.close(descriptor)
+
+
+def _flock(descriptor: int, operation: int) -> bool | None:
+    """Whether the lock was free and is taken now; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
+    return True
+
+
+def _sign(descriptor: int, held: bool, text: str) -> None:
+    if held:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text.encode(), 0)
 
 
 def owner(path: Path, default: str = "another process") -> str:
@@ -98,15 +118,9 @@ def is_held(path: Path) -> bool:
         return False
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
+        return _flock(descriptor, fcntl.LOCK_SH) is False
     finally:
         os.close(descriptor)
-    return False
 
 
 def fsync(path: Path) -> None:
@@ -116,3 +130,24 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside ``path`` and rename it there: whenever this is killed, ``path`` is the old file or the new.
+
+    Raises:
+        OSError: it cannot be written, or ``path`` is a device, a pipe or a folder.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
+    beside = path.with_name(f".tmp-{path.name}")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)

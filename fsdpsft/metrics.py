@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import logging
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from fsdpsft.errors import ConfigError
+from fsdpsft.filesystem import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -59,29 +65,51 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one JSON object a line. On resume, lines of steps that will be taken again are dropped."""
+    """``metrics.jsonl``: one JSON object a line. On resume, lines of steps that will be taken again are dropped.
+
+    Lines that cannot be written (a full disk) are kept, and written with the first one that can.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = []
-        if resumed_step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path, self._resumed_step = path, resumed_step
+        self._file: io.FileIO | None = None
+        self._waiting = b""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Append one line and flush it, so that a killed run keeps all it said."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Append one line at once, so that a killed run keeps all it said.
+
+        Raises:
+            OSError: it cannot be written now; no part of it is left in the file.
+        """
+        self._waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+        file = self._file = self._file or self._open()
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            file.truncate(end)
+            raise
+        self._waiting = b""
+
+    def _open(self) -> io.FileIO:
+        """Leave out what is not kept (the last line of a killed run may be torn, too), and open the rest to append."""
+        found = self._path.read_bytes() if self._path.exists() else b""
+        kept = b"".join(line for line in found.splitlines(keepends=True) if _step_of(line) <= self._resumed_step)
+        if kept != found:
+            replace_file(self._path, kept)
+        return io.FileIO(self._path, "a")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run may be torn
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else sys.maxsize
+    except (ValueError, KeyError, TypeError):
         return sys.maxsize
 
 
@@ -174,20 +202,39 @@ class WandB:
 
 
 class Trackers:
-    """All places at once; holds none on ranks other than 0."""
+    """All places at once; holds none on ranks other than 0. A place that fails never ends the run.
+
+    Attributes:
+        failures: how often each place failed, by its class's name.
+    """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
+        self.failures: Counter[str] = Counter()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Hand the metrics of ``step`` (1-based: steps taken) to every place."""
         for tracker in self._trackers:
-            tracker.log(values, step)
+            with self._counted(tracker):
+                tracker.log(values, step)
 
     def close(self) -> None:
-        """Close every place."""
+        """Close every place, and say how often one failed."""
         for tracker in self._trackers:
-            tracker.close()
+            with self._counted(tracker):
+                tracker.close()
+        for name, count in self.failures.items():
+            log.warning("metrics: %s failed %d times", name, count)
+
+    @contextlib.contextmanager
+    def _counted(self, tracker: Tracker) -> Iterator[None]:
+        name = type(tracker).__name__
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of other people's code, and of no use to a run that can go on
+            self.failures[name] += 1
+            if self.failures[name] == 1:
+                log.warning("metrics: %s failed, and the run continues: %s: %s", name, type(error).__name__, error)
 
 
 class Throughput:

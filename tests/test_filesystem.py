@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdpsft.filesystem import LockHeldError, exclusive, is_held, owner
+from fsdpsft.filesystem import LockHeldError, exclusive, is_held, owner, replace_file
 
 HOLD = """
 import sys, time
@@ -67,6 +67,7 @@ def test_waits_for_one_that_is_being_killed(tmp_path, caplog):
             assert held
             assert 0.4 < time.monotonic() - before < 20
     assert f"waiting for process {holder.pid} on" in caplog.text
+    assert "30 s at most" in caplog.text
 
 
 def test_one_process_cannot_hold_it_twice(tmp_path):
@@ -78,14 +79,14 @@ def test_one_process_cannot_hold_it_twice(tmp_path):
         pytest.fail("held twice")
 
 
-def test_a_file_system_without_locks_is_told_and_gone_on_with(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING), exclusive(tmp_path / "lock", "testing") as held:
         assert not held
-    assert "this file system has no locks (No locks available); testing without one" in caplog.text
+    assert "this file system has no locks; testing without one" in caplog.text
 
 
 def test_lock_left_by_an_ordinary_error_is_free_and_blames_nobody(tmp_path, caplog):
@@ -96,3 +97,47 @@ def test_lock_left_by_an_ordinary_error_is_free_and_blames_nobody(tmp_path, capl
         assert held
         assert is_held(tmp_path / "lock")
     assert caplog.text == ""
+
+
+def test_a_lock_deleted_by_its_holder_is_not_taken_for_the_next_one(tmp_path):
+    lock = tmp_path / "lock"
+    with exclusive(lock, "testing"):
+        opened_before = os.open(lock, os.O_RDWR)
+        lock.unlink()
+    with exclusive(lock, "testing", patience_s=0):
+        fcntl.flock(opened_before, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the deleted file: it keeps nobody out
+        assert is_held(lock)
+    os.close(opened_before)
+
+
+def test_a_full_disk_takes_the_name_from_a_lock_and_not_the_lock(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with exclusive(tmp_path / "lock", "testing") as held:
+        assert held and is_held(tmp_path / "lock")
+
+
+def test_replacing_a_file_leaves_the_old_one_or_the_new(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    replace_file(file, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(file, b"new")
+    assert (file.read_bytes(), [path.name for path in tmp_path.iterdir()]) == (b"old", ["file"])
+    replace_file(file, b"new")
+    assert (file.read_bytes(), [path.name for path in tmp_path.iterdir()]) == (b"new", ["file"])
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(FileExistsError, match="not a regular file"):
+            replace_file(path, b"text")
+    assert (tmp_path / "pipe").is_fifo()

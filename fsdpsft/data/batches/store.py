@@ -1,7 +1,7 @@
 """Tokenised samples on disk: flat, memory-mapped, shared by all processes of a machine, and whole or not there.
 
-A store is a folder of plain arrays beside a ``manifest.json`` that lists each array's type and size; ``open`` refuses
-a folder in which a file is missing or has another size. The files:
+A store is a folder of plain arrays beside a ``manifest.json`` that lists each file's size and hash, and carries its own
+hash; ``open`` refuses a folder in which anything is missing or changed. The files:
 
     tokens.bin       [tokens] uint16 (uint32 where an id does not fit), sample after sample
     runs.bin         [runs] (start, stop, weight): the trained stretches of each sample, all other tokens have weight 0
@@ -15,6 +15,7 @@ Samples of one source are next to each other, in the order of its rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from fsdpsft.batch import Sample
 from fsdpsft.errors import DataError
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Part of every store's key; raised when the layout or the meaning of an array changes."""
 
 RUN = np.dtype([("start", "<u4"), ("stop", "<u4"), ("weight", "<f4")])
@@ -37,6 +38,11 @@ COLUMNS = {"lengths": "<i4", "trained": "<i4", "weights": "<f8", "row_numbers": 
 OFFSETS = {"offsets": "<i8", "run_offsets": "<i8"}
 MANIFEST = "manifest.json"
 STATS = "stats.json"
+SMALL_BYTES = 16 << 20
+"""Files up to this size are hashed whenever a store is opened (milliseconds each), larger ones when asked for."""
+
+Laid = tuple[NDArray[Any], NDArray[Any], int]
+"""(token ids, loss weights, row number) of one sample."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,6 @@ class TokenStore:
         """Number of samples."""
         return len(self.lengths)
 
-    @property
-    def source_ids(self) -> NDArray[np.uint16]:
-        """[n] uint16: the source of each sample. Made on demand."""
-        return np.repeat(np.arange(len(self.source_counts), dtype=np.uint16), self.source_counts)
-
     def source_of(self, index: int) -> int:
         """The source of sample ``index``, as a position in ``source_names``."""
         return int(np.searchsorted(np.cumsum(self.source_counts), index, side="right"))
@@ -103,38 +104,25 @@ class TokenStore:
         return Sample(tokens, loss_weights, index, self.source_of(index))
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenStore:
-        """Map a finished store; costs the same for any number of samples.
+    def open(cls, path: str | Path, every_byte: bool = False) -> TokenStore:
+        """Map a finished store; costs nearly the same for any number of samples.
+
+        Args:
+            path: folder of the store.
+            every_byte: compare the hashes of large arrays, too, which reads all of them.
 
         Raises:
-            DataError: the folder is no store, was left torn, or comes from another version.
+            DataError: the folder is no store, is not as it was written, or comes from another version.
         """
         folder = Path(path)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{folder} is not a finished token store ({error}). Delete it; it is built anew."
-            ) from error
-        if manifest["version"] != STORE_VERSION:
-            raise DataError(
-                f"{folder} is a token store of version {manifest['version']}, this program reads {STORE_VERSION}. "
-                f"Delete it; it is built anew."
-            )
-        for name, size in manifest["bytes"].items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                raise DataError(f"{folder / name} has {found} bytes, not {size}: the store is torn. Delete {folder}.")
-        columns = {name: _map(folder, name, dtype) for name, dtype in (COLUMNS | OFFSETS).items()}
+        manifest = _read_manifest(folder)
+        for name, (size, digest) in manifest["contents"].items():
+            _check_file(folder / name, size, digest if every_byte or size <= SMALL_BYTES else None)
+        names = (*COLUMNS, *OFFSETS)
         return cls(
             tokens=_map(folder, "tokens", manifest["token_dtype"]),
             runs=_map(folder, "runs", RUN),
-            offsets=columns["offsets"],
-            run_offsets=columns["run_offsets"],
-            lengths=columns["lengths"],
-            trained=columns["trained"],
-            weights=columns["weights"],
-            row_numbers=columns["row_numbers"],
+            **{name: _map(folder, name, (COLUMNS | OFFSETS)[name]) for name in names},
             source_names=tuple(manifest["source_names"]),
             source_counts=tuple(manifest["source_counts"]),
             files=tuple((file, samples) for file, samples in manifest["files"]),
@@ -159,19 +147,16 @@ class TokenStore:
         return cls(
             tokens=arrays["tokens"],
             runs=arrays["runs"],
+            **{name: arrays[name] for name in COLUMNS},
             offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
             run_offsets=np.concatenate([[0], np.cumsum(arrays["run_counts"], dtype=np.int64)]),
-            lengths=arrays["lengths"],
-            trained=arrays["trained"],
-            weights=arrays["weights"],
-            row_numbers=arrays["row_numbers"],
             source_names=tuple(counts),
             source_counts=tuple(counts.values()),
             files=tuple(counts.items()),
         )
 
 
-def columns_of(samples: Sequence[tuple[NDArray[Any], NDArray[Any], int]]) -> dict[str, NDArray[Any]]:
+def columns_of(samples: Sequence[Laid]) -> dict[str, NDArray[Any]]:
     """Lay (token ids, loss weights, row number) triples out as arrays; run_counts stand for offsets."""
     lengths = np.array([len(ids) for ids, _, _ in samples], COLUMNS["lengths"])
     weights = np.concatenate([np.empty(0, np.float32), *(weights for _, weights, _ in samples)]).astype(np.float32)
@@ -204,6 +189,45 @@ def _runs_of(
     runs["start"], runs["stop"] = starts - first[owner[starts]], stops - first[owner[starts]]
     runs["weight"] = weights[starts]
     return runs, owner[starts]
+
+
+def digest_of(path: Path) -> str:
+    """Hash of a file, 32 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a manifest: its content with the content's own hash."""
+    return json.dumps({"seal": _seal(content), "content": content}, indent=1)
+
+
+def _seal(content: object) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a manifest that is as it was written; so its keys and types need no further look."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder} is not a finished token store ({type(error).__name__}: {error})") from error
+    if isinstance(manifest, dict) and manifest.get("version") == 1:
+        raise DataError(f"{folder} is a token store of fsdpsft 0.1.0, which has no checksums")
+    if not isinstance(manifest, dict) or manifest.get("seal") != _seal(manifest.get("content")):
+        raise DataError(f"{folder / MANIFEST} is not as it was written")
+    content: dict[str, Any] = manifest["content"]
+    if content["version"] != STORE_VERSION:
+        raise DataError(f"{folder} is a token store of version {content['version']}, this one reads {STORE_VERSION}")
+    return content
+
+
+def _check_file(path: Path, size: int, digest: str | None) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        raise DataError(f"{path} has {found} bytes, not {size}: the store is torn")
+    if digest is not None and digest_of(path) != digest:
+        raise DataError(f"{path} is not as it was written: its hash differs")
 
 
 def _map(folder: Path, name: str, dtype: str | np.dtype[Any]) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """Tokenise once: sources to a token store, in parallel processes, before any process group exists.
 
-The shards of all sources are handed to building processes, each of which writes part files; the parts are then strung
-together in the order of the shards, so that the store does not depend on the number of processes. It is built in a
-folder of its own, fsynced, and renamed to its place at the very end: what is at that place is whole.
+The shards of all sources are handed to building processes, each of which writes part files; the parts are then joined
+in the order of the shards, so that the store does not depend on the number of processes. It is built in a folder of
+its own, fsynced, and renamed to its place at the very end: what is at that place is whole.
 
 A store's key is the content of the files, the encoder (tokenizer, template, mask code, options) and this layout's
 version. When any of it changes, another store is built; the old one stays valid for what it was built for.
@@ -10,22 +10,19 @@ version. When any of it changes, another store is built; the old one stays valid
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import errno
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
+import re
 import shutil
-import signal
 import sys
-import threading
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +30,36 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fsdpsft.data.batches.store import COLUMNS, MANIFEST, OFFSETS, STATS, STORE_VERSION, TokenStore
-from fsdpsft.data.batches.store_parts import (
-    HASH_DTYPE,
-    PART_ARRAYS,
-    BuildOptions,
-    Encoder,
-    Job,
-    Tally,
+from fsdpsft.data.batches.store import (
+    COLUMNS,
+    MANIFEST,
+    OFFSETS,
+    STATS,
+    STORE_VERSION,
+    TokenStore,
+    digest_of,
+    sealed,
 )
+from fsdpsft.data.batches.store_parts import HASH_DTYPE, PART_ARRAYS, BuildOptions, Encoder, Job, Tally
 from fsdpsft.data.rows.files import TARGET_BYTES
 from fsdpsft.data.rows.sources import Source, fingerprint, shards
-from fsdpsft.errors import DataError
-from fsdpsft.filesystem import exclusive, fsync, is_held, owner
+from fsdpsft.data.workers import map_in_processes, usable_cores
+from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.filesystem import LockHeldError, exclusive, fsync, is_held, owner, replace_file
 
 log = logging.getLogger(__name__)
 
+DEFAULT_CACHE = "~/.cache/fsdpsft"
 PATIENCE_SECONDS = 600.0
+BUILD_SECONDS = 86_400.0
+"""Longest wait for another process that is building."""
+
 GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-_YOUNG_OBJECTS = 50_000  # between collections: a batch of rows makes tens of thousands, hardly any of them in cycles
 _BLOCK = 1 << 18
 _SETTLED_NS = 2_000_000_000
 _SHARDS, _SMALLEST_SHARD = 64, 128 << 10
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 # ------------------------------------------------------------------------------------------------------ open or build
@@ -65,12 +69,13 @@ def open_or_build(
     sources: Sequence[Source],
     encoder: Encoder,
     options: BuildOptions,
-    cache_dir: str | Path,
+    cache_dir: str | Path | None = None,
     *,
     may_build: bool = True,
     progress: bool = True,
+    every_byte: bool = False,
 ) -> TokenStore:
-    """Open the store of these sources, building it first where it is not there yet.
+    """Open the store of these sources, building it first where there is none that is whole.
 
     Any number of processes on any number of machines may call this for the same folder at the same time: one builds,
     the others wait with a message and open what it made.
@@ -79,33 +84,75 @@ def open_or_build(
         sources: what to tokenise; a store keeps their order.
         encoder: turns rows into samples.
         options: truncation and the treatment of bad rows.
-        cache_dir: folder of all stores; made when missing.
+        cache_dir: folder of all stores; made when missing. None takes ``DEFAULT_CACHE``, or a folder for temporary
+            files where that cannot be written to.
         may_build: False only waits for another process's store (all local ranks but one).
         progress: show a progress bar on standard error while building.
+        every_byte: compare the hashes of large arrays, too.
 
     Raises:
         DataError: a row or file cannot be used, too many rows cannot, nothing is left to train on, or the process
             that was waited for ended without a store.
+        ConfigError: no folder can be written to.
     """
-    cache = Path(cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    key = store_key(sources, encoder, options, cache)
-    folder, lock = cache / key, cache / f"{key}.lock"
-    if (store := _open_if_whole(folder)) is not None:
-        return _checked(store, options)
+    caches = cache_folders(cache_dir)
+    key = store_key(sources, encoder, options, caches)
+    for cache in caches:
+        if (store := _open_if_whole(cache / key, every_byte)) is not None:
+            return _checked(store, options)
     if not may_build:
-        return _checked(_wait_for(folder, lock), options)
-    with exclusive(lock, "tokenising the same data") as held:
-        store = _open_if_whole(folder)  # the one we waited for may have made it
-        if store is None:
-            if held:
-                _sweep(folder)
-            build(folder, sources, encoder, options, fingerprint=key, progress=progress)
-            store = TokenStore.open(folder)
-    return _checked(store, options)
+        return _checked(_wait_for([cache / key for cache in caches]), options)
+    faults: list[str] = []
+    for cache in caches:
+        try:
+            store = _open_or_build_in(cache / key, sources, encoder, options, progress)
+        except OSError as error:
+            if not _is_of(cache, error):
+                raise
+            faults.append(f"{cache} cannot be written to ({error.strerror})")
+            log.warning("data.cache_dir: %s", faults[-1])
+        else:
+            return _checked(store, options)
+    raise ConfigError(f"data.cache_dir: {'; '.join(faults)}. Free some space, or name another folder")
 
 
-def store_key(sources: Sequence[Source], encoder: Encoder, options: BuildOptions, cache: Path) -> str:
+def cache_folders(cache_dir: str | Path | None) -> list[Path]:
+    """Where stores are looked for, and built, the first that can be written to."""
+    if cache_dir is not None:
+        return [Path(cache_dir).expanduser()]
+    spare = Path(tempfile.gettempdir()) / f"fsdpsft-{os.getuid()}"
+    # Anybody may make a folder there: one that is another user's is not read.
+    ours = not os.path.lexists(spare) or (not spare.is_symlink() and spare.stat().st_uid == os.getuid())
+    return [Path(DEFAULT_CACHE).expanduser(), *([spare] if ours else [])]
+
+
+def _is_of(cache: Path, error: OSError) -> bool:
+    """Whether an error came from writing to ``cache``; a full disk is named by no file."""
+    named = isinstance(error.filename, str | Path) and Path(error.filename)
+    about = bool(named) and (named.is_relative_to(cache) or cache.is_relative_to(named))
+    return error.errno in _NOT_WRITABLE or about
+
+
+def _open_or_build_in(
+    folder: Path, sources: Sequence[Source], encoder: Encoder, options: BuildOptions, progress: bool
+) -> TokenStore:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    try:
+        with exclusive(lock, "tokenising the same data", BUILD_SECONDS) as held:
+            store = _open_if_whole(folder, quiet=True)  # the one we waited for may have made it
+            if store is None:
+                if held:
+                    _sweep(folder)
+                _tell_of_unreadable(folder.parent)
+                build(folder, sources, encoder, options, fingerprint=folder.name, progress=progress)
+                store = TokenStore.open(folder)
+            return store
+    except LockHeldError as error:
+        raise DataError(f"waited a day for {error.owner}, which tokenises the same data ({lock}); end it") from error
+
+
+def store_key(sources: Sequence[Source], encoder: Encoder, options: BuildOptions, caches: Sequence[Path]) -> str:
     """The name of the store of this content, 32 hex digits."""
     parts = {
         "version": STORE_VERSION,
@@ -113,13 +160,13 @@ def store_key(sources: Sequence[Source], encoder: Encoder, options: BuildOptions
         "max_length": options.max_length,
         "truncation": options.truncation,
         "on_bad_row": options.on_bad_row,
-        "sources": [[s.name, _content_hash(s, cache), sorted(s.row_format.items())] for s in sources],
+        "sources": [[s.name, _content_hash(s, caches), sorted(s.row_format.items())] for s in sources],
     }
     text = json.dumps(parts, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _content_hash(source: Source, cache: Path) -> str:
+def _content_hash(source: Source, caches: Sequence[Path]) -> str:
     """The hash of a source's files, remembered while they stay the same files, unchanged since.
 
     Unchanged means: same path, inode, size, and times of change to the nanosecond. Files changed in the last two
@@ -127,51 +174,48 @@ def _content_hash(source: Source, cache: Path) -> str:
     """
     stats = [(os.path.realpath(name), Path(name).stat()) for name in source.files]
     identity = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
-    note = cache / "content" / hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
-    if note.is_file() and len(known := note.read_text()) > 0:
-        return known
+    name = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+    notes = [cache / "content" / name for cache in caches]
+    for note in notes:
+        if note.is_file() and re.fullmatch(r"[0-9a-f]{32}", known := note.read_text(errors="replace")):
+            return known
     content = fingerprint(source)
     if all(time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > _SETTLED_NS for _, s in stats):
-        note.parent.mkdir(exist_ok=True)
-        beside = note.with_suffix(f".{uuid.uuid4().hex}")
-        beside.write_text(content)
-        beside.replace(note)
+        with contextlib.suppress(OSError):  # without a note the files are read again the next time
+            notes[0].parent.mkdir(parents=True, exist_ok=True)
+            replace_file(notes[0], content.encode())
     return content
 
 
-def _open_if_whole(folder: Path) -> TokenStore | None:
+def _open_if_whole(folder: Path, every_byte: bool = False, quiet: bool = False) -> TokenStore | None:
     if not folder.exists():
         return None
     try:
-        return TokenStore.open(folder)
+        return TokenStore.open(folder, every_byte)
     except DataError as error:
-        log.warning("not using a damaged token store: %s", error)
+        if not quiet:
+            log.warning("%s; the data is tokenised anew", error)
         return None
 
 
-def _wait_for(folder: Path, lock: Path) -> TokenStore:
-    """Wait until another process has built the store."""
+def _wait_for(folders: Sequence[Path]) -> TokenStore:
+    """Wait until another process has built the store in one of the folders."""
     started = last_held = last_message = time.monotonic()
-    seen, builder = False, ""
-    while True:
-        if folder.exists() and (store := _open_if_whole(folder)) is not None:
-            return store
-        now = time.monotonic()
-        if is_held(lock):
-            seen, last_held, builder = True, now, owner(lock)
-        if now - last_held > (GRACE_SECONDS if seen else PATIENCE_SECONDS):
-            raise DataError(
-                f"Waited {now - started:.0f} s for the tokenised data in {folder}, and "
-                + (
-                    f"{builder}, which was making it, ended without it; see its message."
-                    if seen
-                    else "nobody makes it."
-                )
-            )
+    builder = ""
+    while (now := time.monotonic()) - started < BUILD_SECONDS:
+        for folder in folders:
+            if (store := _open_if_whole(folder, quiet=True)) is not None:
+                return store
+            if is_held(lock := folder.with_suffix(".lock")):
+                last_held, builder = now, owner(lock)
+        if now - last_held > (GRACE_SECONDS if builder else PATIENCE_SECONDS):
+            break
         if now - last_message > GRACE_SECONDS:
-            log.info("waiting for %s, which tokenises the data into %s", builder or "another process", folder)
+            log.info("waiting for %s, which tokenises the data", builder or "another process")
             last_message = now
         time.sleep(_POLL_SECONDS)
+    fault = f"{builder}, which was making it, ended without it; see its message" if builder else "nobody makes it"
+    raise DataError(f"Waited {time.monotonic() - started:.0f} s for the tokenised data in {folders[0]}, and {fault}.")
 
 
 def _sweep(folder: Path) -> None:
@@ -180,6 +224,16 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(remains, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def _tell_of_unreadable(cache: Path) -> None:
+    """Name the stores that only take space: those of earlier versions."""
+    unreadable = [path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None]
+    if unreadable:
+        log.info(
+            "%s holds %d token stores of an earlier version, which are not used any more and may be deleted: %s",
+            cache, len(unreadable), ", ".join(sorted(unreadable)),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- build
@@ -200,18 +254,19 @@ def build(
 
     Raises:
         DataError: a row or file cannot be used, too many rows cannot, or no sample is left.
+        OSError: the folder cannot be written to; nothing is left in it.
     """
     target = Path(folder)
     scratch = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         token_dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
         target_bytes = _shard_bytes(sources)
         work = [(source, shard) for source in sources for shard in shards(source, target_bytes)]
         job = Job(scratch, work, encoder, options, token_dtype)
-        tallies = _run(job, progress)
-        _string_together(scratch, tallies)
-        _finish(scratch, job, tallies, sources, fingerprint)
+        tallies = _encode_all(job, progress)
+        _join_parts(job)
+        _finish(job, tallies, sources, fingerprint)
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -223,120 +278,38 @@ def _shard_bytes(sources: Sequence[Source]) -> int:
     return min(max(total // _SHARDS, _SMALLEST_SHARD), TARGET_BYTES)
 
 
-def _run(job: Job, progress: bool) -> list[Tally]:
+def _encode_all(job: Job, progress: bool) -> list[Tally]:
     """Encode all shards; the tallies are in the order of the shards."""
     sizes = [shard.rows for _, shard in job.work]
     total = None if None in sizes else sum(size for size in sizes if size is not None)
-    workers = min(job.options.num_workers or _usable_cores(), len(job.work))
-    with tqdm(total=total, desc="tokenising", unit=" rows", disable=not progress, file=sys.stderr) as bar:
-        if workers <= 1:
-            return [job.run(number, bar.update) for number in range(len(job.work))]
-        return _run_in_processes(job, workers, bar)
-
-
-def _run_in_processes(job: Job, workers: int, bar: Any) -> list[Tally]:
-    # Forked processes share the encoder and do not run the user's main module again. Elsewhere than on Linux, forking
-    # is not safe with the system's libraries.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    done_rows = context.Value("q", 0)
-    gc.freeze()  # so that collections in the forked processes do not touch, and thereby copy, what they share
+    processes = min(job.options.num_workers or usable_cores(), len(job.work))
+    tallies: list[Tally] = []
     with (
-        _single_threaded_tokenizers(),
-        ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(job, done_rows, os.getpid())
-        ) as pool,
+        tqdm(total=total, desc="tokenising", unit=" rows", disable=not progress, file=sys.stderr) as bar,
+        contextlib.closing(map_in_processes(job.run, range(len(job.work)), processes)) as results,
     ):
-        try:
-            futures = [pool.submit(_run_one, number) for number in range(len(job.work))]
-            _watch(futures, lambda: bar.update(done_rows.value - bar.n))
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise DataError(
-                "A process that was tokenising was killed, most likely for want of memory; set data.num_workers to a "
-                "smaller number."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            gc.unfreeze()
-
-
-def _watch(futures: Sequence[Future[Tally]], show: Callable[[], None]) -> None:
-    """Wait for all, or the first that fails, and keep the progress bar moving."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-        show()
-        if any(future.exception() is not None for future in done):
-            return
-
-
-_worker: tuple[Job, Any] | None = None
-
-
-def _start_worker(job: Job, done_rows: Any, parent: int) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
-    # The parallelism is in the processes; threads of the tokenizers' own would not survive a fork.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.set_threshold(_YOUNG_OBJECTS)
-    _worker = (job, done_rows)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-
-
-def _follow(parent: int) -> None:
-    """End this process when its parent has died: nobody would read what it writes, and it holds the parent's lock."""
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    os._exit(1)
-
-
-def _run_one(number: int) -> Tally:
-    assert _worker is not None
-    job, done_rows = _worker
-
-    def advance(rows: int) -> None:
-        with done_rows.get_lock():
-            done_rows.value += rows
-
-    return job.run(number, advance)
-
-
-@contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Keep the tokenizers library from warning about forks, without touching what the user has set."""
-    name = "TOKENIZERS_PARALLELISM"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for tally in results:
+            tallies.append(tally)
+            bar.update(tally.rows)
+    return tallies
 
 
 # ------------------------------------------------------------------------------------------------------------- assemble
 
 
-def _string_together(folder: Path, tallies: Sequence[Tally]) -> None:
+def _join_parts(job: Job) -> None:
     """Make one file of each array's parts, in order, deleting the parts on the way; then the offsets."""
+    folder = job.folder
     for name in PART_ARRAYS:
-        _join([folder / f"part-{number:06d}.{name}" for number in range(len(tallies))], folder / f"{name}.bin")
+        with (folder / f"{name}.bin").open("wb") as whole:
+            for number in range(len(job.work)):
+                part = job.part(number, name)
+                with part.open("rb") as stream:
+                    shutil.copyfileobj(stream, whole, _BLOCK)
+                part.unlink()
     _accumulate(folder / "lengths.bin", COLUMNS["lengths"], folder / "offsets.bin")
     _accumulate(folder / "run_counts.bin", "<i8", folder / "run_offsets.bin")
     (folder / "run_counts.bin").unlink()
-
-
-def _join(parts: Sequence[Path], whole: Path) -> None:
-    with whole.open("wb") as out:
-        for part in parts:
-            with part.open("rb") as stream:
-                shutil.copyfileobj(stream, out, _BLOCK)
-            part.unlink()
 
 
 def _accumulate(counts: Path, dtype: str, offsets: Path) -> None:
@@ -384,8 +357,9 @@ def _count_duplicates(folder: Path, ends: NDArray[np.int64]) -> NDArray[np.int64
     return found
 
 
-def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence[Source], fingerprint: str) -> None:
+def _finish(job: Job, tallies: Sequence[Tally], sources: Sequence[Source], fingerprint: str) -> None:
     """Write statistics and manifest, and make all of it durable."""
+    scratch = job.folder
     duplicates = _count_duplicates(scratch, np.cumsum([tally.samples for tally in tallies]))
     total, by_source = Tally(), {source.name: Tally() for source in sources}
     files: dict[str, int] = {}
@@ -398,7 +372,6 @@ def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence
     (scratch / STATS).write_text(json.dumps(stats, indent=1))
     if total.samples == 0:
         raise DataError(f"Nothing to train on: none of {total.rows} rows gave a sample. {reasons(stats)}")
-    contents = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
     manifest = {
         "version": STORE_VERSION,
         "fingerprint": fingerprint,
@@ -406,9 +379,9 @@ def _finish(scratch: Path, job: Job, tallies: Sequence[Tally], sources: Sequence
         "source_names": list(by_source),
         "source_counts": [tally.samples for tally in by_source.values()],
         "files": list(files.items()),
-        "bytes": contents,
+        "contents": {path.name: [path.stat().st_size, digest_of(path)] for path in sorted(scratch.iterdir())},
     }
-    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (scratch / MANIFEST).write_text(sealed(manifest))
     for path in [*scratch.iterdir(), scratch]:
         fsync(path)
 

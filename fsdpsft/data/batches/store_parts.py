@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fsdpsft.data.batches.store import COLUMNS, columns_of
+from fsdpsft.data.batches.store import COLUMNS, Laid, columns_of
 from fsdpsft.data.mask.template import Encoded
 from fsdpsft.data.rows.sources import Row, Shard, Source, read_shard
 from fsdpsft.errors import RowError
@@ -119,55 +118,12 @@ class Tally:
         return sum(self.skipped.values()) + self.dropped.get(NOTHING_LEFT, 0)
 
 
-class PartWriter:
-    """Appends samples to the files ``part-<number>.<array>`` of a folder."""
-
-    def __init__(self, folder: Path, number: int, token_dtype: str) -> None:
-        """Open the part's files; use as a context manager."""
-        self.paths = {name: folder / f"part-{number:06d}.{name}" for name in PART_ARRAYS}
-        self.token_dtype = token_dtype
-        self.stack = ExitStack()
-        self.files: dict[str, BinaryIO] = {}
-        self.pending: list[tuple[NDArray[Any], NDArray[Any], int]] = []
-
-    def __enter__(self) -> Self:
-        """Open the files."""
-        self.files = {name: self.stack.enter_context(path.open("wb")) for name, path in self.paths.items()}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the files."""
-        self.stack.close()
-
-    def add(self, ids: NDArray[Any], loss_weights: NDArray[Any], row: int) -> None:
-        """Keep a sample for the next ``flush``."""
-        self.pending.append((ids, loss_weights, row))
-
-    def flush(self, tally: Tally) -> None:
-        """Write what was added, and count it."""
-        if not self.pending:
-            return
-        arrays = columns_of(self.pending)
-        arrays["tokens"] = arrays["tokens"].astype(self.token_dtype)
-        spelt = (np.ascontiguousarray(ids, "<u4").data for ids, _, _ in self.pending)
-        digests = [hashlib.blake2b(ids, digest_size=8).digest() for ids in spelt]
-        arrays["hashes"] = np.frombuffer(b"".join(digests), HASH_DTYPE)
-        for name, file in self.files.items():
-            file.write(arrays[name].tobytes())
-        tally.samples += len(self.pending)
-        tally.tokens += len(arrays["tokens"])
-        tally.trained_tokens += int(arrays["trained"].sum(dtype=np.int64))
-        self.pending = []
-
-
 @dataclass(frozen=True)
 class Job:
     """All that a building process needs to know.
 
     Attributes:
-        folder: where the part files go.
+        folder: where the part files go, ``part-<number>.<array>``.
         work: (source, shard) pairs; a shard's place in this list is its number.
         token_dtype: type of the stored token ids.
     """
@@ -178,52 +134,52 @@ class Job:
     options: BuildOptions
     token_dtype: str
 
-    def run(self, number: int, advance: Callable[[int], None]) -> Tally:
-        """Encode shard ``number`` into its part files.
+    def part(self, number: int, array: str) -> Path:
+        """The file of one array of shard ``number``."""
+        return self.folder / f"part-{number:06d}.{array}"
 
-        Args:
-            number: place in ``work``.
-            advance: is told how many more rows are done, batch by batch.
+    def run(self, number: int) -> Tally:
+        """Encode shard ``number`` into its part files.
 
         Raises:
             RowError: a row cannot be used, and bad rows are errors.
             DataError: the file is damaged.
+            OSError: the part files cannot be written.
         """
         source, shard = self.work[number]
         tally = Tally()
 
-        def refuse(fault: RowError) -> None:
-            if self.options.on_bad_row == "error":
-                raise fault
-            tally.skipped[fault.reason] += 1
-            tally.note(str(fault))
-
         def unreadable(fault: RowError) -> None:
             tally.rows += 1
-            refuse(fault)
+            self._refuse(fault, tally)
 
-        with PartWriter(self.folder, number, self.token_dtype) as part:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(self.part(number, name).open("wb")) for name in PART_ARRAYS}
             for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
+                kept: list[Laid] = []
                 for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
-                    self._keep_or(refuse, part, tally, row, result)
-                part.flush(tally)
+                    try:
+                        kept += self._usable(row, result, tally)
+                    except RowError as fault:
+                        self._refuse(fault, tally)
+                self._write(kept, files, tally)
                 tally.rows += len(rows)
-                advance(len(rows))
         return tally
 
-    def _keep_or(
-        self, refuse: Callable[[RowError], None], part: PartWriter, tally: Tally, row: Row,
-        result: Sequence[Encoded] | RowError,
-    ) -> None:  # fmt: skip
-        try:
-            if isinstance(result, RowError):
-                raise result
-            self._keep(part, tally, row, result)
-        except RowError as fault:
-            refuse(fault)
+    def _refuse(self, fault: RowError, tally: Tally) -> None:
+        if self.options.on_bad_row == "error":
+            raise fault
+        tally.skipped[fault.reason] += 1
+        tally.note(str(fault))
 
-    def _keep(self, part: PartWriter, tally: Tally, row: Row, samples: Sequence[Encoded]) -> None:
-        """Add a row's samples, as far as they may stay."""
+    def _usable(self, row: Row, samples: Sequence[Encoded] | RowError, tally: Tally) -> Iterator[Laid]:
+        """A row's samples, as far as they may stay.
+
+        Raises:
+            RowError: nothing of the row can be trained, or a sample is not what it must be.
+        """
+        if isinstance(samples, RowError):
+            raise samples
         trained = [_is_trained(sample.loss_weights) for sample in samples]
         if not any(trained):
             raise RowError(
@@ -243,7 +199,22 @@ class Job:
             tally.truncated += cut
             tally.escaped += sample.escaped > 0
             tally.rewritten += sample.rewritten
-            part.add(*kept, row.index)
+            yield (*kept, row.index)
+
+    def _write(self, samples: Sequence[Laid], files: Mapping[str, BinaryIO], tally: Tally) -> None:
+        """Append samples to the part files, and count them."""
+        if not samples:
+            return
+        arrays = columns_of(samples)
+        arrays["tokens"] = arrays["tokens"].astype(self.token_dtype)
+        spelt = (np.ascontiguousarray(ids, "<u4").data for ids, _, _ in samples)
+        digests = [hashlib.blake2b(ids, digest_size=8).digest() for ids in spelt]
+        arrays["hashes"] = np.frombuffer(b"".join(digests), HASH_DTYPE)
+        for name, file in files.items():
+            file.write(arrays[name].tobytes())
+        tally.samples += len(samples)
+        tally.tokens += len(arrays["tokens"])
+        tally.trained_tokens += int(arrays["trained"].sum(dtype=np.int64))
 
 
 def _check_ids(row: Row, sample: Encoded, vocab_size: int) -> None:

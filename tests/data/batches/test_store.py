@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fsdpsft.data.batches.store import MANIFEST, TokenStore
-from fsdpsft.data.batches.store_build import build
+from fsdpsft.data.batches import store as store_module
+from fsdpsft.data.batches.store import MANIFEST, TokenStore, sealed
+from fsdpsft.data.batches.store_build import build, open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions, truncate
 from fsdpsft.data.mask.template import Encoded
 from fsdpsft.data.rows.sources import Row, resolve_sources
@@ -84,7 +85,6 @@ def test_sources_keep_their_order_and_names(tmp_path):
     build(tmp_path / "store", sources, ToyEncoder(), BuildOptions(num_workers=1))
     store = TokenStore.open(tmp_path / "store")
     assert (store.source_names, store.source_counts) == (("b", "a"), (3, 2))
-    assert store.source_ids.tolist() == [0, 0, 0, 1, 1]
     assert [store.source_of(i) for i in range(5)] == [0, 0, 0, 1, 1]
     assert store.describe(4) == f"{tmp_path / 'a.jsonl'}, row 1"
     assert store.stats["sources"]["a"]["samples"] == 2
@@ -117,12 +117,47 @@ def test_no_store_half_a_manifest_or_another_version_does_not_open(tmp_path):
     build_from(tmp_path, ROWS)
     manifest = tmp_path / "store" / MANIFEST
     whole = manifest.read_text()
-    manifest.write_text(json.dumps({**json.loads(whole), "version": 0}))
+    manifest.write_text(sealed({**json.loads(whole)["content"], "version": 0}))
     with pytest.raises(DataError, match="version 0"):
         TokenStore.open(tmp_path / "store")
-    manifest.write_text(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a finished token store"):
+    manifest.write_text('{"version": 1, "bytes": {}}')
+    with pytest.raises(DataError, match=r"fsdpsft 0\.1\.0, which has no checksums"):
         TokenStore.open(tmp_path / "store")
+    for text in (whole[: len(whole) // 2], "", "[" * 100_000):
+        manifest.write_text(text)
+        with pytest.raises(DataError, match="not a finished token store"):
+            TokenStore.open(tmp_path / "store")
+    for text in ("{}", "[]", "3", whole.replace('"lengths.bin": [\n    12', '"lengths.bin": [\n    13')):
+        manifest.write_text(text)
+        with pytest.raises(DataError, match="not as it was written"):
+            TokenStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["row_numbers.bin", "stats.json", "tokens.bin", "offsets.bin", MANIFEST])
+def test_one_flipped_bit_is_noticed_and_the_store_built_anew(tmp_path, caplog, name):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    sources, options = resolve_sources(str(tmp_path / "rows.jsonl")), BuildOptions(num_workers=1)
+    first = open_or_build(sources, ToyEncoder(), options, tmp_path / "cache", progress=False)
+    file = tmp_path / "cache" / first.fingerprint / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = open_or_build(sources, ToyEncoder(), options, tmp_path / "cache", progress=False)
+    assert contents(again) == [(row["ids"], row["weights"]) for row in ROWS]
+    assert (again.row_numbers.tolist(), again.stats["rows"]) == ([0, 1, 2], 3)
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(str(file.parent)) and line.endswith("the data is tokenised anew")
+
+
+def test_large_arrays_are_hashed_when_asked_for(tmp_path, monkeypatch):
+    build_from(tmp_path, ROWS)
+    monkeypatch.setattr(store_module, "SMALL_BYTES", 8)
+    tokens = tmp_path / "store" / "tokens.bin"
+    content = tokens.read_bytes()
+    tokens.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    TokenStore.open(tmp_path / "store")
+    with pytest.raises(DataError, match=r"tokens\.bin is not as it was written"):
+        TokenStore.open(tmp_path / "store", every_byte=True)
 
 
 # ------------------------------------------------------------------------------------------------- truncation, bad rows

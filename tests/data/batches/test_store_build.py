@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fsdpsft.data.batches import store_build as token_store_build
 from fsdpsft.data.batches.store import TokenStore
-from fsdpsft.data.batches.store_build import build, open_or_build, store_key
+from fsdpsft.data.batches.store_build import build, cache_folders, open_or_build, store_key
 from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.rows.sources import resolve_sources
-from fsdpsft.errors import DataError, RowError
+from fsdpsft.errors import ConfigError, DataError, RowError
 from fsdpsft.filesystem import exclusive, is_held
 from tests.data.toy_encoder import ToyEncoder, write_rows
 
@@ -99,7 +103,7 @@ def test_the_key_is_the_content(tmp_path):
     sources, options = sources_in(tmp_path), BuildOptions(max_length=9)
 
     def key(sources=sources, encoder=ToyEncoder(), options=options):  # noqa: B008
-        return store_key(sources, encoder, options, tmp_path)
+        return store_key(sources, encoder, options, [tmp_path])
 
     known = key()
     (tmp_path / "elsewhere").mkdir()
@@ -121,14 +125,14 @@ def test_content_is_hashed_once_and_again_after_any_change(tmp_path, monkeypatch
     original = token_store_build.fingerprint
     monkeypatch.setattr(token_store_build, "fingerprint", lambda source: calls.append(1) or original(source))
     sources = sources_in(tmp_path)
-    known = store_key(sources, ToyEncoder(), ALONE, tmp_path)
-    assert store_key(sources, ToyEncoder(), ALONE, tmp_path) == known
+    known = store_key(sources, ToyEncoder(), ALONE, [tmp_path])
+    assert store_key(sources, ToyEncoder(), ALONE, [tmp_path]) == known
     assert len(calls) == 1
     file = tmp_path / "rows.jsonl"
     stat = file.stat()
     file.write_text(file.read_text().replace("7", "6"))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert store_key(sources, ToyEncoder(), ALONE, tmp_path) != known
+    assert store_key(sources, ToyEncoder(), ALONE, [tmp_path]) != known
     assert len(calls) == 2
 
 
@@ -138,7 +142,7 @@ def test_a_torn_store_is_built_again(tmp_path, caplog):
     (tmp_path / "cache" / store.fingerprint / "tokens.bin").write_bytes(b"")
     again = open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "cache", progress=False)
     assert len(contents(again)) == 600
-    assert "damaged" in caplog.text
+    assert "tokens.bin has 0 bytes, not 3600: the store is torn; the data is tokenised anew" in caplog.text
 
 
 def test_too_many_bad_rows_are_an_error_also_the_second_time(tmp_path):
@@ -149,6 +153,73 @@ def test_too_many_bad_rows_are_an_error_also_the_second_time(tmp_path):
             open_or_build(sources, ToyEncoder(), BuildOptions(on_bad_row="skip"), tmp_path / "cache", progress=False)
     options = BuildOptions(on_bad_row="skip", max_bad_share=0.1)
     assert len(open_or_build(sources, ToyEncoder(), options, tmp_path / "cache", progress=False)) == 18
+
+
+# -------------------------------------------------------------------------------------------------- where it is kept
+
+
+@contextmanager
+def full_disk(folder: Path):
+    """A file system of its own with hardly any room."""
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("options", [ALONE, PAIR])
+def test_a_full_disk_is_told_and_nothing_unfinished_is_left(tmp_path, small_shards, options):
+    sources = sources_in(tmp_path)
+    with full_disk(tmp_path / "cache") as cache:
+        with pytest.raises(ConfigError, match=r"data\.cache_dir: .*cache cannot be written to \(No space left"):
+            open_or_build(sources, ToyEncoder(), options, cache, progress=False)
+        assert not list(cache.glob(".building-*"))
+
+
+def test_where_no_folder_is_named_another_is_tried(tmp_path, monkeypatch, caplog):
+    sources = sources_in(tmp_path)
+    (tmp_path / "home").write_text("in the way of the folder")
+    monkeypatch.setattr(token_store_build, "DEFAULT_CACHE", str(tmp_path / "home" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for may_build in (True, False):
+        assert len(open_or_build(sources, ToyEncoder(), ALONE, may_build=may_build, progress=False)) == 600
+    assert f"{tmp_path / 'home' / 'cache'} cannot be written to (Not a directory)" in caplog.text
+    (spare,) = tmp_path.glob("fsdpsft-*")
+    assert len(list(spare.glob("*/manifest.json"))) == 1
+    with pytest.raises(ConfigError, match=r"home/cache cannot be written to .* name another folder"):
+        open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "home" / "cache", progress=False)
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_has(tmp_path, monkeypatch):
+    sources = sources_in(tmp_path)
+    known = open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "cache", progress=False)
+    monkeypatch.setattr(token_store_build, "_SETTLED_NS", -1)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    again = open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "cache", progress=False)
+    assert again.fingerprint == known.fingerprint
+
+
+def test_a_spare_folder_of_another_user_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spare = tmp_path / f"fsdpsft-{os.getuid()}"
+    assert cache_folders(None)[1:] == [spare]
+    spare.symlink_to(tmp_path)
+    assert cache_folders(None)[1:] == []
+
+
+def test_stores_of_earlier_versions_are_named(tmp_path, caplog):
+    (tmp_path / "cache" / "abc").mkdir(parents=True)
+    (tmp_path / "cache" / "abc" / "manifest.json").write_text('{"version": 1, "bytes": {}}')
+    with caplog.at_level(logging.INFO):
+        open_or_build(sources_in(tmp_path), ToyEncoder(), ALONE, tmp_path / "cache", progress=False)
+    assert "holds 1 token stores of an earlier version" in caplog.text and "abc" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- several builders
@@ -216,7 +287,7 @@ def test_killed_builder_alone_leaves_no_store_and_no_lock(tmp_path, small_shards
     victim.kill()
     victim.join()
     assert victim.exitcode == -signal.SIGKILL
-    key = store_key(sources, ToyEncoder(), PAIR, tmp_path / "cache")
+    key = store_key(sources, ToyEncoder(), PAIR, [tmp_path / "cache"])
     assert not (tmp_path / "cache" / key).exists()
     wait_until(lambda: not is_held(lock_of(tmp_path)), 10)  # its own processes follow it
     for scratch in (tmp_path / "cache").glob(".building-*"):
@@ -243,7 +314,8 @@ def test_waiting_ends_when_the_builder_has_failed(tmp_path, monkeypatch):
     sources = sources_in(tmp_path)
     with pytest.raises(DataError, match="nobody makes it"):
         open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "cache", may_build=False)
-    key = store_key(sources, ToyEncoder(), ALONE, tmp_path / "cache")
+    key = store_key(sources, ToyEncoder(), ALONE, [tmp_path / "cache"])
+    (tmp_path / "cache").mkdir()
     holder = multiprocessing.get_context("fork").Process(
         target=hold_for, args=(tmp_path / "cache" / f"{key}.lock", 0.5)
     )
