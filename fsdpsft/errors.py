@@ -4,6 +4,8 @@ Each says where the fault is (file, row, key), what was found, and what to do. `
 once, and exits with code 1; anything else is a bug of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A mistake the user can mend."""
@@ -42,9 +44,38 @@ class RowError(DataError):
     """One row that cannot be used, while its neighbours may be fine.
 
     Attributes:
+        text: what is wrong, without its place; ``str(error)`` puts the place in front.
         reason: a short constant text, the same for every row with this fault, to count skipped rows by.
+        file: the row's file; None where it is not known yet.
+        row: 0-based number of the row in its file; None for a fault of the file as a whole.
+        line: 1-based line, for JSON lines.
     """
 
-    def __init__(self, message: str, reason: str = "unusable row") -> None:
-        super().__init__(message)
-        self.reason = reason
+    def __init__(
+        self,
+        text: str,
+        reason: str = "unusable row",
+        *,
+        file: str | None = None,
+        row: int | None = None,
+        line: int | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.text, self.reason = text, reason
+        self.file, self.row, self.line = file, row, line
+
+    def at(self, file: str, row: int | None = None, line: int | None = None) -> RowError:
+        """The same error with its place."""
+        return RowError(self.text, self.reason, file=file, row=row, line=line)
+
+    def __str__(self) -> str:
+        """Place and text."""
+        if self.file is None:
+            return self.text
+        join = ", " if self.text.startswith("column ") else ": "
+        return place(self.file, self.row, self.line) + join + self.text
+
+
+def place(file: str, row: int | None, line: int | None = None) -> str:
+    """A file, row and line as messages quote them."""
+    return file + ("" if row is None else f", row {row}") + ("" if line is None else f" (line {line})")

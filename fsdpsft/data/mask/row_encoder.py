@@ -149,7 +149,9 @@ class RowEncoder:
 
 def _named(row: Row, result: list[Encoded] | DataError) -> list[Encoded] | RowError:
     """Put the row's name on an error of the template, which does not know it."""
-    return RowError(f"{row.where}: {result}", _reason(result)) if isinstance(result, DataError) else result
+    if not isinstance(result, DataError):
+        return result
+    return RowError(str(result), _reason(result)).at(row.source, row.index, row.line)
 
 
 def _reason(error: DataError) -> str:
