@@ -6,6 +6,13 @@ once, and exits with code 1; anything else is a bug of ours and keeps its traceb
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import Self
+
+_LISTED = 8
+
 
 class UserError(ValueError):
     """A mistake the user can mend."""
@@ -16,7 +23,45 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A file, row or conversation that cannot be trained on."""
+    """A file, row or conversation that cannot be trained on.
+
+    Attributes:
+        text: what is wrong and what to do, without the place.
+        file: path of the file; None where it is not known, or named in the text.
+        row, line: 0-based row of the file and, for JSON lines, 1-based line.
+    """
+
+    def __init__(self, text: str, *, file: str | None = None, row: int | None = None, line: int | None = None) -> None:
+        super().__init__(text)
+        self.text, self.file, self.row, self.line = text, file, row, line
+
+    def __str__(self) -> str:
+        """Place and text."""
+        if self.file is None:
+            return self.text
+        join = ", " if self.text.startswith("column ") else ": "
+        return place(self.file, self.row, self.line) + join + self.text
+
+    def at(self, file: str, row: int | None = None, line: int | None = None) -> Self:
+        """The same error with its place, unless it has one already."""
+        if self.file is None:
+            self.file, self.row, self.line = file, row, line
+        return self
+
+
+class RowError(DataError):
+    """One row that cannot be used, while its neighbours may be fine.
+
+    Attributes:
+        reason: a short constant text, the same for every row with this fault, to count skipped rows by.
+    """
+
+    def __init__(
+        self, text: str, reason: str = "unusable row", *,
+        file: str | None = None, row: int | None = None, line: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(text, file=file, row=row, line=line)
+        self.reason = reason
 
 
 class ModelError(UserError):
@@ -40,42 +85,18 @@ class RunFailed(RuntimeError):  # noqa: N818 - told apart from the user's mistak
         self.processes, self.collateral = processes, collateral
 
 
-class RowError(DataError):
-    """One row that cannot be used, while its neighbours may be fine.
-
-    Attributes:
-        text: what is wrong, without its place; ``str(error)`` puts the place in front.
-        reason: a short constant text, the same for every row with this fault, to count skipped rows by.
-        file: the row's file; None where it is not known yet.
-        row: 0-based number of the row in its file; None for a fault of the file as a whole.
-        line: 1-based line, for JSON lines.
-    """
-
-    def __init__(
-        self,
-        text: str,
-        reason: str = "unusable row",
-        *,
-        file: str | None = None,
-        row: int | None = None,
-        line: int | None = None,
-    ) -> None:
-        super().__init__(text)
-        self.text, self.reason = text, reason
-        self.file, self.row, self.line = file, row, line
-
-    def at(self, file: str, row: int | None = None, line: int | None = None) -> RowError:
-        """The same error with its place."""
-        return RowError(self.text, self.reason, file=file, row=row, line=line)
-
-    def __str__(self) -> str:
-        """Place and text."""
-        if self.file is None:
-            return self.text
-        join = ", " if self.text.startswith("column ") else ": "
-        return place(self.file, self.row, self.line) + join + self.text
-
-
-def place(file: str, row: int | None, line: int | None = None) -> str:
-    """A file, row and line as messages quote them."""
+def place(file: str, row: int | None = None, line: int | None = None) -> str:
+    """A file and row as messages name them."""
     return file + ("" if row is None else f", row {row}") + ("" if line is None else f" (line {line})")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """``; did you mean NAME?`` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.4)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def and_more(names: Collection[object], most: int = _LISTED) -> str:
+    """The first names and how many more there are: ``a, b and 3 more``."""
+    shown = ", ".join(map(str, islice(names, most)))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -28,7 +27,7 @@ from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.mask.template import ChatTemplate, Encoded
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.data.rows.sources import Row, Source, read_rows
-from fsdpsft.errors import DataError, RowError
+from fsdpsft.errors import DataError, RowError, place
 
 CLAIMS = {
     "refused": "every row can be used",
@@ -60,7 +59,6 @@ _EXAMPLES = 200
 _HISTORY_CONVERSATIONS = 200
 _HISTORY_ROWS = 4000
 _POLL_SECONDS = 0.5
-_WHERE = re.compile(r", row (\d+)(?: \(line (\d+)\))?[:,] ")
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ class RowFinding:
     @property
     def where(self) -> str:
         """File, row and message for people."""
-        line = "" if self.line is None else f" (line {self.line})"
-        message = "" if self.message is None else f", message {self.message}"
-        return self.file + ("" if self.row is None else f", row {self.row}{line}") + message
+        return place(self.file, self.row, self.line) + ("" if self.message is None else f", message {self.message}")
 
 
 @dataclass
@@ -225,7 +221,7 @@ def prove_rows(part: Part, rows: Sequence[Row], skip_bad: bool) -> Outcome:
     for row, result in zip(rows, part.encoder.encode(part.source, rows), strict=True):
         fault = result if isinstance(result, RowError) else _unusable(part, row, result)
         if fault is not None:
-            outcome.findings.append(_refusal(row.source, fault, skip_bad, row))
+            outcome.findings.append(_refusal(fault.at(row.source, row.index, row.line), skip_bad))
             outcome.failed_rows += not skip_bad
             continue
         item = part.encoder.read(part.source, row)
@@ -244,25 +240,21 @@ def prove_rows(part: Part, rows: Sequence[Row], skip_bad: bool) -> Outcome:
 def _unusable(part: Part, row: Row, samples: Sequence[Encoded]) -> RowError | None:
     """What the token store would refuse in an encoded row."""
     if not any(np.any(sample.loss_weights[1:] > 0) for sample in samples):
-        return RowError(f"{row.where}: no token of it is trained", NO_TRAINED_TOKEN)
+        return row.error("no token of it is trained", NO_TRAINED_TOKEN)
     longest = max(len(sample.input_ids) for sample in samples)
     if part.length_limit is not None and longest > part.length_limit:
-        return RowError(
-            f"{row.where}: {longest} tokens, more than data.max_length={part.length_limit}; raise data.max_length, or "
+        return row.error(
+            f"{longest} tokens, more than data.max_length={part.length_limit}; raise data.max_length, or "
             "choose data.truncation=left, right or drop",
             TOO_LONG,
         )
     return None
 
 
-def _refusal(file: str, fault: RowError, skip_bad: bool, row: Row | None = None) -> RowFinding:
-    """The finding for a row that training refuses; its place is taken from the message where there is no row."""
-    text, place = str(fault), _WHERE.search(str(fault))
-    index, line = (row.index, row.line) if row is not None else (None, None)
-    if row is None and place is not None:
-        index, line = int(place[1]), int(place[2]) if place[2] else None
-    text = text[place.end() :] if place is not None and text.startswith(file) else text.removeprefix(f"{file}: ")
-    return RowFinding("skipped" if skip_bad else "refused", not skip_bad, file, index, line, None, text)
+def _refusal(fault: DataError, skip_bad: bool) -> RowFinding:
+    """The finding for a row or file that training refuses."""
+    name = "skipped" if skip_bad else "refused"
+    return RowFinding(name, not skip_bad, fault.file or "", fault.row, fault.line, None, fault.text)
 
 
 # ---------------------------------------------------------------------------------------------------------- all rows
@@ -307,7 +299,7 @@ def _all_rows(parts: Sequence[Part], proof: Proof, skip_bad: bool) -> Iterator[t
     for number, file in ((number, file) for number, part in enumerate(parts) for file in part.source.files):
 
         def note(fault: RowError, file: str = file) -> None:
-            proof.add(_refusal(file, fault, skip_bad))
+            proof.add(_refusal(fault.at(file), skip_bad))
             proof.rows += 1
             proof.failed_rows += not skip_bad
 
@@ -315,7 +307,7 @@ def _all_rows(parts: Sequence[Part], proof: Proof, skip_bad: bool) -> Iterator[t
             for row in read_rows(replace(parts[number].source, files=(file,)), note):
                 yield number, row
         except DataError as fault:
-            proof.add(_refusal(file, RowError(str(fault)), skip_bad=False))
+            proof.add(_refusal(fault.at(file), skip_bad=False))
 
 
 def _chosen(rows: Iterator[tuple[int, Row]], limit: int | None, available: int | None) -> Iterator[tuple[int, Row]]:

@@ -103,7 +103,10 @@ def recognise(column_names: Sequence[str], first_row: Row, options: RowFormat) -
     """
     if options.train_on_turns not in TRAIN_ON_TURNS:
         raise DataError(f"data.train_on_turns={options.train_on_turns} is not one of {', '.join(TRAIN_ON_TURNS)}")
-    return recognise_columns(column_names, options, first_row.where)
+    try:
+        return recognise_columns(column_names, options)
+    except DataError as exc:
+        raise exc.at(first_row.source, first_row.index, first_row.line) from None
 
 
 def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation | Tokenized:
@@ -123,7 +126,7 @@ def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation 
         messages = READERS[adapter](row.columns, options)
         return _finish(_with_system(messages, row.columns, options), row.columns, options)
     except RowError as exc:
-        raise RowError(f"{row.where}, {exc}", exc.reason) from None
+        raise exc.at(row.source, row.index, row.line) from None
 
 
 def _finish(messages: list[Message], columns: Mapping[str, Any], options: RowFormat) -> Conversation:
@@ -232,14 +235,14 @@ def custom_conversation(row: Row, custom: CustomRows, options: RowFormat) -> Con
     try:
         result = custom.to_conversation(row.columns)
     except Exception as exc:
-        message = f"{row.where}: {name}.to_conversation raised {type(exc).__name__}: {exc}"
-        raise RowError(message, f"{name} raised {type(exc).__name__}") from exc
+        text = f"{name}.to_conversation raised {type(exc).__name__}: {exc}"
+        raise row.error(text, f"{name} raised {type(exc).__name__}") from exc
     if isinstance(result, Conversation | Tokenized):
         return result
     if not isinstance(result, Mapping):
         wanted = "a dict with messages, a Conversation or a Tokenized"
         found = type(result).__name__
-        raise RowError(f"{row.where}: {name}.to_conversation must return {wanted}, found {found}", "wrong type")
+        raise row.error(f"{name}.to_conversation must return {wanted}, found {found}", "wrong type")
     made = Row(row.source, row.index, dict(result), row.line)
     known = RowFormat(train_on_turns=options.train_on_turns)
     return to_conversation(made, recognise(list(made.columns), made, known), known)

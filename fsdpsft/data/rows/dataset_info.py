@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.errors import DataError
+from fsdpsft.errors import DataError, did_you_mean
 
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 # Entries that are there for other kinds of training, or that would change which rows are read.
@@ -98,9 +97,8 @@ class DatasetInfo:
 def _refuse_unknown(found: dict[str, Any], known: set[str], where: str) -> None:
     for key in found:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            meant = f", did you mean {close[0]}" if close else ""
-            raise DataError(f"{where}: unknown key {key}{meant}; known are {', '.join(sorted(known))}")
+            hint = did_you_mean(key, known)
+            raise DataError(f"{where}: unknown key {key}{hint} (known are {', '.join(sorted(known))})")
 
 
 def _row_format(entry: dict[str, Any], where: str) -> dict[str, Any]:

@@ -93,13 +93,12 @@ class Tokenized:
     loss_weights: np.ndarray
 
 
-def recognise_columns(columns: Sequence[str], options: RowFormat, where: str) -> str:
+def recognise_columns(columns: Sequence[str], options: RowFormat) -> str:
     """Name the format of rows with these columns.
 
     Args:
         columns: the columns there are.
         options: what the user says; explicit keys go before everything that could be recognised.
-        where: the place of the row, for messages.
 
     Returns:
         One of ``FORMATS`` without auto.
@@ -108,10 +107,10 @@ def recognise_columns(columns: Sequence[str], options: RowFormat, where: str) ->
         DataError: an explicit column is missing, or the columns fit no format, or more than one.
     """
     for key in ("prompt_key", "response_key", "query_key", "history_key", "system_key"):
-        _need(getattr(options, key), f"data.{key}", columns, where)
+        _need(getattr(options, key), f"data.{key}", columns)
     for key in ("messages_key", "tools_key", "enable_thinking_key"):
         name = getattr(options, key)
-        _need(None if name == getattr(_DEFAULTS, key) else name, f"data.{key}", columns, where)
+        _need(None if name == getattr(_DEFAULTS, key) else name, f"data.{key}", columns)
     if options.format != "auto":
         if options.format not in FORMATS:
             raise DataError(f"data.format={options.format} is not known; use one of {', '.join(FORMATS)}")
@@ -123,9 +122,9 @@ def recognise_columns(columns: Sequence[str], options: RowFormat, where: str) ->
     if fits:
         several = " and ".join(f"{name} ({', '.join(keys)})" for name, keys in fits)
         advice = "set data.format, or data.prompt_key and data.response_key"
-        raise DataError(f"{where}: the columns fit {several}; {advice}")
+        raise DataError(f"the columns fit {several}; {advice}")
     raise DataError(
-        f"{where}: no known format has the columns {there}; set data.prompt_key and data.response_key, or "
+        f"no known format has the columns {there}; set data.prompt_key and data.response_key, or "
         "data.multiturn.messages_key, or bring the data into one of: messages; prompt and response; question and "
         "answer; instruction, input and output; input_ids and labels or loss_mask"
     )
@@ -149,9 +148,9 @@ def _fits(columns: Sequence[str], options: RowFormat) -> list[tuple[str, tuple[s
     return pairs
 
 
-def _need(name: str | None, key: str, columns: Sequence[str], where: str) -> None:
+def _need(name: str | None, key: str, columns: Sequence[str]) -> None:
     if name is not None and name not in columns:
-        raise RowError(f"{where}: no column {name} ({key}); the columns are {listed(columns)}", "missing column")
+        raise RowError(f"no column {name} ({key}); the columns are {listed(columns)}", "missing column")
 
 
 def column(columns: Mapping[str, Any], name: str) -> Any:

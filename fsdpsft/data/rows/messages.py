@@ -6,7 +6,6 @@ it, what was found and what to do; ``conversation.to_conversation`` puts the fil
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fsdpsft.errors import RowError
+from fsdpsft.errors import RowError, did_you_mean
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -242,9 +241,12 @@ def _role(value: Any, column: str, key: str, names: Mapping[str, str]) -> str:
         if role is not None:
             return role
     known = sorted({*names, *ROLES})
-    close = difflib.get_close_matches(value[:40], known, n=1) if isinstance(value, str) else []
-    meant = f"did you mean {close[0]}? Known are " if close else "known are "
-    raise fault("unknown role", f"{column}.{key}", "unknown role", meant + ", ".join(known), value)
+    meant = did_you_mean(value, known) if isinstance(value, str) else ""
+    advice = (
+        f"known are {', '.join(known)}. For other names give the data set an entry in a dataset_info.json "
+        "(data.dataset_info) whose tags name them, as user_tag: customer"
+    )
+    raise RowError(f"column {column}.{key}: unknown role {show(value)}{meant}; {advice}", "unknown role")
 
 
 def _content(given: dict[str, Any], key: str, column: str, role: str) -> tuple[str, str]:

@@ -25,13 +25,12 @@ from fsdpsft.data.rows.dataset_info import DatasetInfo
 from fsdpsft.data.rows.files import TARGET_BYTES, Shard
 from fsdpsft.data.rows.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
 from fsdpsft.data.rows.json_files import RowFault, raise_fault
-from fsdpsft.errors import DataError, RowError
+from fsdpsft.errors import DataError, RowError, and_more, place
 
 __all__ = [
     "Row",
     "Shard",
     "Source",
-    "column_names",
     "fingerprint",
     "first_row",
     "read_rows",
@@ -66,7 +65,11 @@ class Row:
     @property
     def where(self) -> str:
         """The place as an error message quotes it."""
-        return f"{self.source}, row {self.index}" + ("" if self.line is None else f" (line {self.line})")
+        return place(self.source, self.index, self.line)
+
+    def error(self, text: str, reason: str) -> RowError:
+        """An error of this row; see ``RowError``."""
+        return RowError(text, reason, file=self.source, row=self.index, line=self.line)
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _folder_files(folder: Path, split: str) -> list[str]:
 
 
 def _names(paths: list[Path]) -> str:
-    return ", ".join(p.name for p in paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+    return and_more([path.name for path in paths])
 
 
 def _refuse_repeats(sources: list[Source]) -> None:
@@ -280,15 +283,6 @@ def first_row(source: Source) -> Row:
     for row in read_rows(source, faults.append):
         return row
     raise faults[0]
-
-
-def column_names(source: Source) -> list[str]:
-    """The columns of the source's first row, in order.
-
-    Raises:
-        DataError: the source has no readable row.
-    """
-    return list(first_row(source).columns)
 
 
 def fingerprint(source: Source) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fsdpsft.data.rows.conversation import (
     recognise,
     to_conversation,
 )
-from fsdpsft.data.rows.sources import Row, column_names, first_row, read_rows, resolve_sources
+from fsdpsft.data.rows.sources import Row, first_row, read_rows, resolve_sources
 from fsdpsft.errors import DataError, RowError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -346,7 +347,7 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
             "unknown role",
             r"messages\[1\]\.role: .*'asistant'; did you mean assistant",
         ),
-        ([USER, {"role": 3, "content": "4"}], "unknown role", "unknown role, found 3; known are assistant, developer"),
+        ([USER, {"role": 3, "content": "4"}], "unknown role", "unknown role 3; known are assistant, developer"),
         ([USER, {"content": "4"}], "missing role", "it has content"),
         ([USER, {"role": "assistant"}], "null value", "the message has the keys role"),
         ([USER, {"role": "assistant", "content": None}], "null value", r"messages\[1\]\.content: missing or null"),
@@ -388,8 +389,12 @@ def test_bad_messages_are_named(messages: Any, reason: str, message: str) -> Non
     with pytest.raises(RowError, match=message) as caught:
         chat({"messages": messages})
     assert caught.value.reason == reason
-    assert str(caught.value).startswith("file.jsonl, row 7 (line 8), column messages")
-    assert len(str(caught.value)) < 400
+    error = caught.value
+    assert (error.file, error.row, error.line) == ("file.jsonl", 7, 8)
+    assert str(error) == f"file.jsonl, row 7 (line 8), {error.text}" and error.text.startswith("column messages")
+    copy = pickle.loads(pickle.dumps(error))  # as it comes from a process that builds
+    assert (str(copy), copy.reason, copy.row) == (str(error), reason, 7)
+    assert len(str(error)) < 500
 
 
 @pytest.mark.parametrize(
@@ -483,7 +488,7 @@ def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
 def _read(path: Path) -> list[Conversation]:
     (source,) = resolve_sources(str(path))
     options = format_of(source, RowFormat())
-    adapter = recognise(column_names(source), first_row(source), options)
+    adapter = recognise(list(first_row(source).columns), first_row(source), options)
     made = [to_conversation(row, adapter, options) for row in read_rows(source)]
     return [conversation for conversation in made if isinstance(conversation, Conversation)]
 
