@@ -16,10 +16,10 @@ from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.mask.row_encoder import RowEncoder
-from fsdpsft.data.rows.conversation import RowFormat
+from fsdpsft.data.rows.conversation import RowFormat, unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.distributed.mesh import env_local_rank, env_rank
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.errors import ConfigError, DataError, and_more
 from fsdpsft.model.load import load_tokenizer, resolve_model_path
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,9 @@ def prepare_data(config: Config) -> TrainingData:
     show = env_rank() == 0
     train = open_or_build(sources, encoder, options, cache, may_build=leader, progress=show)
     check_size(train, config)
+    for source in sources:
+        if unused := unused_columns(source, encoder.adapters[source.name], encoder.formats[source.name]):
+            log.info("%s: columns that nothing reads: %s", source.name, and_more(unused, 20))
     validation = None
     if held_out:
         val_encoder = make_encoder(d, held_out, tokenizer, eos)

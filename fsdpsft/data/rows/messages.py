@@ -34,6 +34,8 @@ ROLES: Mapping[str, str] = {
     "tool_call": "function_call",
 }
 _TEXT_PARTS = {"text", "input_text", "output_text"}
+_PART_KEYS = ("text", "value", "content")
+_MEDIA_PARTS = ("image", "video", "audio", "input_image", "input_audio", "file")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CONTROL = {"train", "weight", "loss_weight", "tool_calls", "function_call", *_REASONING}
 _MAX_DEPTH = 64
@@ -110,6 +112,18 @@ def fault(reason: str, column: str, problem: str, advice: str, *found: Any) -> R
     """A ``RowError`` without its row: ``reason`` to count by, then the column, what is wrong with it, what to do."""
     quoted = "".join(f", found {show(value)}" for value in found)
     return RowError(f"column {column}: {problem}{quoted}; {advice}", reason)
+
+
+def column(columns: Mapping[str, Any], name: str) -> Any:
+    """A column that must be there.
+
+    Raises:
+        RowError: it is not; the message lists the columns there are.
+    """
+    if name not in columns:
+        problem = f"there is none; the columns are {listed(columns)}"
+        raise fault("missing column", name, problem, "name another or mend the row")
+    return columns[name]
 
 
 def text_of(value: Any, column: str) -> str:
@@ -290,14 +304,15 @@ def _part(part: Any, column: str, texts: list[str], thoughts: list[str]) -> None
     kind = part.get("type", "text")
     if not isinstance(kind, str):
         raise fault("wrong type", f"{column}.type", "expected text", "write it as a string", kind)
-    if kind in _TEXT_PARTS:
-        texts.append(text_of(part.get("text"), f"{column}.text"))
-    elif kind in _REASONING:
-        key = next((name for name in ("text", *_REASONING) if part.get(name) is not None), "text")
-        thoughts.append(text_of(part.get(key), f"{column}.{key}"))
+    if kind in _TEXT_PARTS or kind in _REASONING:
+        key = next((name for name in (*_PART_KEYS, *_REASONING) if part.get(name) is not None), "text")
+        (texts if kind in _TEXT_PARTS else thoughts).append(text_of(part.get(key), f"{column}.{key}"))
+    elif kind.startswith(_MEDIA_PARTS):
+        problem = "only text is trained"
+        raise fault("not text alone", column, problem, "leave such rows out with data.on_bad_row=skip", kind)
     else:
         problem = "only parts of type text and reasoning can be used"
-        raise fault("unknown part", column, problem, "remove the part", kind)
+        raise fault("unknown part", column, problem, "write tool calls as tool_calls, or remove the part", kind)
 
 
 def _reasoning(given: dict[str, Any], column: str, from_parts: str) -> str:
@@ -362,7 +377,7 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
 
     Args:
         value: a list of definitions (wrapped as above or bare objects with a name, or JSON strings of these), or a
-            JSON string of a list, or None.
+            JSON string of a list, or None. Nulls stay in JSON strings; elsewhere they are what Arrow left behind.
         column: its name, for messages.
 
     Returns:
@@ -371,21 +386,23 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
     Raises:
         RowError: it is not that.
     """
+    written = isinstance(value, str)
     if isinstance(value, str):
         value = parse_json(value, column, "bad tools", "tool definitions") if value.strip() else None
     if value is None:
         return None
     tools = value if isinstance(value, list) else [value]
-    return [_tool(tool, f"{column}[{index}]") for index, tool in enumerate(tools)] or None
+    return [_tool(tool, f"{column}[{index}]", written) for index, tool in enumerate(tools)] or None
 
 
-def _tool(tool: Any, column: str) -> dict[str, Any]:
+def _tool(tool: Any, column: str, written: bool) -> dict[str, Any]:
+    """``written``: the definition stands as JSON text, so its nulls are the author's own."""
     if isinstance(tool, str):
-        tool = parse_json(tool, column, "bad tools", "a tool definition")
+        tool, written = parse_json(tool, column, "bad tools", "a tool definition"), True
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise fault("bad tools", column, "a tool definition needs a name", "mend the definition", tool)
-    tool = plain(tool, column, drop_nulls=True)
+    tool = plain(tool, column, drop_nulls=not written)
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 

@@ -134,7 +134,10 @@ def _resolve_item(item: Any, info: DatasetInfo | None, split: str) -> Source:
     name = item.get("name") or _short_name(path)
     if info is not None and path in info.names:
         path, row_format = info.resolve(path)
-    found_files = tuple(_find_files(path, split, info))
+    try:
+        found_files = tuple(_find_files(path, split, info))
+    except OSError as exc:
+        raise DataError(f"{path[:200]}: not a path that can be opened ({exc.strerror}); name another") from None
     for file in found_files:
         files.file_kind(file)
     return Source(str(name), found_files, float(weight), row_format)
@@ -152,11 +155,13 @@ def _short_name(path: str) -> str:
 def _find_files(path: str, split: str, info: DatasetInfo | None) -> list[str]:
     if path.startswith("hf://"):
         path = fetch_hub_path(path)
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # noqa: PTH111 - leaves an unknown user's ~name as it is
     if local.is_dir():
         return _folder_files(local, split)
-    if local.exists():
+    if local.is_file():
         return [str(local)]
+    if local.exists():
+        raise DataError(f"{path}: neither a file nor a folder (a device or a pipe); write the rows to a file")
     if has_magic(path):
         found = glob(str(local), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         matches = sorted(match for match in found if _is_data(Path(match)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,15 @@ def test_real_data_is_found_and_read(real_data: Path) -> None:
     expected = json.loads(Path(glaive.files[0]).read_text())
     assert [row.columns for row in rows] == expected
     assert [row for shard in shards(glaive, 50_000) for row in read_shard(shard)] == rows
+
+
+def test_devices_pipes_and_impossible_paths_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for a writer that never comes
+    for path, message in (
+        (str(tmp_path / "pipe.jsonl"), "neither a file nor a folder"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("x" * 5000, "not a path that can be opened"),
+        ("~nobody-of-this-name/x.jsonl", "no such file or folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            resolve_sources(path)
