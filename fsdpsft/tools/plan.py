@@ -15,15 +15,15 @@ from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.prepare import prepare_data
 from fsdpsft.tools.facts import length_histogram, source_facts
 from fsdpsft.tools.footprint import Footprint, estimate
-from fsdpsft.tools.run_plan import RunPlan, plan_run
-from fsdpsft.tools.terminal import (
-    Style,
-    curve_text,
-    footprint_text,
-    histogram_text,
-    plan_text,
-    sources_text,
+from fsdpsft.tools.report import (
+    footprint_section,
+    lengths_section,
+    plan_section,
+    rate_section,
+    sources_section,
 )
+from fsdpsft.tools.run_plan import RunPlan, plan_run
+from fsdpsft.tools.terminal import Style, section_text
 from fsdpsft.tools.tool_keys import run_tool, whole_number
 
 USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
@@ -75,14 +75,14 @@ def plan(config: Config, options: Options) -> tuple[RunPlan, Footprint]:
     footprint = estimate(config, data, run, gpus=options.world_size, gpu=options.gpu, mfu=options.mfu)
     style = Style(colour=sys.stdout.isatty())
     sources = source_facts(data.train, "train", [source.weight for source in data.sources])
-    for part in (
-        sources_text(sources, style),
-        histogram_text(length_histogram(data.train.lengths), style),
-        plan_text(run, style),
-        curve_text(run, style),
-        footprint_text(footprint, style),
+    for section in (
+        sources_section(sources),
+        lengths_section(length_histogram(data.train.lengths)),
+        plan_section(run),
+        rate_section(run),
+        footprint_section(footprint),
     ):
-        sys.stdout.write(part)
+        sys.stdout.write(section_text(section, style))
     return run, footprint
 
 

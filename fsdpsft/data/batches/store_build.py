@@ -228,11 +228,15 @@ def _sweep(folder: Path) -> None:
 
 def _tell_of_unreadable(cache: Path) -> None:
     """Name the stores that only take space: those of earlier versions."""
-    unreadable = [path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None]
+    unreadable = [
+        path.parent.name for path in cache.glob(f"*/{MANIFEST}") if _open_if_whole(path.parent, quiet=True) is None
+    ]
     if unreadable:
         log.info(
             "%s holds %d token stores of an earlier version, which are not used any more and may be deleted: %s",
-            cache, len(unreadable), ", ".join(sorted(unreadable)),
+            cache,
+            len(unreadable),
+            ", ".join(sorted(unreadable)),
         )
 
 
