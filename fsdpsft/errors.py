@@ -92,7 +92,7 @@ def place(file: str, row: int | None = None, line: int | None = None) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """``; did you mean NAME?`` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name[:80], list(known), n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

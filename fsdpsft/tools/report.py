@@ -117,9 +117,12 @@ class Report:
         """One sentence."""
         p = self.proof
         if self.passed:
-            extent = f"All {p.rows:,} rows" if p.is_whole else f"{p.rows:,} of {p.available:,} rows were looked at: all"
+            skipped = p.notes["skipped"].count if "skipped" in p.notes else 0
+            looked_at = f"{p.rows:,} of {p.available:,} rows were looked at: all"
+            extent = f"All {p.rows:,} rows" if p.is_whole else looked_at
+            extent += f" but {skipped:,} that are left out" if skipped else ""
             if self._unproven:
-                return f"{extent} can be trained on, but not as the model would speak: {' and '.join(self._unproven)}."
+                return f"{extent} can be trained on, with limits: {' and '.join(self._unproven)}."
             if p.finished_tokens:
                 return f"{extent} can be trained on; {p.finished_tokens:,} came as token ids, with a mask of their own."
             return f"{extent} are proven: what is trained is what the model must say, and nothing else."

@@ -166,6 +166,7 @@ def test_bad_rows_are_all_named_and_the_rest_is_still_proven(run, tmp_path: Path
     )
     assert code == 0
     assert "· 4 rows left out (data.on_bad_row=skip)" in out
+    assert "All 12 rows but 4 that are left out are proven" in out
     assert "rows 2, 5-6, 9\n" in out
     assert "1 skipped: unknown role" in out
 
@@ -264,7 +265,7 @@ def test_the_headline_says_no_more_than_the_notes(run, tmp_path: Path) -> None:
     claim = CLAIMS["text_missing"]
     if code == 0:  # data.may_drop has its own say in this
         assert "are proven" not in out
-        headline = "All 4 rows can be trained on, but not as the model would speak: 3 messages lose their reasoning."
+        headline = "All 4 rows can be trained on, with limits: 3 messages lose their reasoning."
         assert headline in out and f"· {claim}: not for 3 rows, see below" in out
         assert f"<h1>{headline}</h1>" in page.read_text() and '<body class="limited">' in page.read_text()
     template = tmp_path / "template.jinja"

@@ -257,10 +257,10 @@ def _role(value: Any, column: str, key: str, names: Mapping[str, str]) -> str:
     known = sorted({*names, *ROLES})
     meant = did_you_mean(value, known) if isinstance(value, str) else ""
     advice = (
-        f"known are {', '.join(known)}. For other names give the data set an entry in a dataset_info.json "
-        "(data.dataset_info) whose tags name them, as user_tag: customer"
+        f"known are {', '.join(known)}; for others, data.dataset_info names a dataset_info.json with an entry for the "
+        "data set, whose tags map them, as user_tag: customer"
     )
-    raise RowError(f"column {column}.{key}: unknown role {show(value)}{meant}; {advice}", "unknown role")
+    raise RowError(f"column {column}.{key}: unknown role {show(value)}{meant} ({advice})", "unknown role")
 
 
 def _content(given: dict[str, Any], key: str, column: str, role: str) -> tuple[str, str]:
