@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from fsdpsft.data.batches.store_parts import NO_TRAINED_TOKEN, BuildOptions, truncate
 from fsdpsft.data.mask.proof import check_conversation
 from fsdpsft.data.mask.row_encoder import RowEncoder
-from fsdpsft.data.mask.template import ChatTemplate, Encoded
+from fsdpsft.data.mask.template import Encoded
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.data.rows.sources import Row, Source, read_rows
 from fsdpsft.data.workers import map_in_processes
@@ -30,8 +29,6 @@ from fsdpsft.errors import DataError, RowError, place
 BATCH_ROWS = 32
 _POOL_FROM_ROWS = 256
 _EXAMPLES = 200
-_HISTORY_CONVERSATIONS = 200
-_HISTORY_ROWS = 4000
 # Quoted text and numbers differ from row to row; an apostrophe inside a word quotes nothing.
 _QUOTED = re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
 
@@ -114,24 +111,6 @@ class Group:
         return " and ".join(f"{count:,} {unit}{'s' * (count != 1)}" for unit, count in counts.items() if count)
 
 
-@dataclass(frozen=True)
-class HistoryCost:
-    """Tokens of the same conversations under each ``data.history``.
-
-    Attributes:
-        conversations: how many with several trained turns were counted.
-        as_rendered, per_turn: their tokens.
-        rewritten: how many of them the template prints otherwise than inference sees them.
-        refused: further ones that only ``per_turn`` can train.
-    """
-
-    conversations: int
-    as_rendered: int
-    per_turn: int
-    rewritten: int
-    refused: int
-
-
 @dataclass
 class Proof:
     """The outcome, of a few rows or of all.
@@ -144,7 +123,6 @@ class Proof:
         finished_tokens: rows that came as token ids, whose mask is taken at its word.
         failed_rows: rows with at least one error.
         seconds, processes: what it took.
-        history: the cost of each way to treat history; None where the template rewrites none.
     """
 
     errors: dict[str, Group] = field(default_factory=dict)
@@ -156,7 +134,6 @@ class Proof:
     failed_rows: int = 0
     seconds: float = 0.0
     processes: int = 1
-    history: HistoryCost | None = None
 
     @property
     def holds(self) -> bool:
@@ -253,7 +230,6 @@ def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, pr
             for name in ("rows", "turns", "finished_tokens", "failed_rows"):
                 setattr(proof, name, getattr(proof, name) + getattr(outcome, name))
             bar.update(outcome.rows)
-    proof.history = history_cost(parts)
     proof.seconds = time.monotonic() - started
     return proof
 
@@ -296,51 +272,3 @@ def _batched(rows: Iterator[tuple[int, Row]]) -> Iterator[Batch]:
         batch.append(row)
     if batch:
         yield owner, batch
-
-
-def history_cost(parts: Sequence[Part]) -> HistoryCost | None:
-    """Tokens of the first conversations with several trained turns under each ``data.history``.
-
-    Returns:
-        None where the template rewrites no history, so that there is nothing to choose.
-    """
-    counts = Counter[str]()
-    for part in parts:
-        if part.split != "train" or not part.encoder.needs_template:
-            continue
-        as_rendered, per_turn = (_with_history(part.encoder, history) for history in ("as_rendered", "per_turn"))
-        for conversation in _several_turns(part, _HISTORY_CONVERSATIONS - counts["seen"]):
-            counts["seen"] += 1
-            (whole,), (turns,) = (t.encode_batch([conversation]) for t in (as_rendered, per_turn))
-            if isinstance(turns, DataError):
-                continue
-            if isinstance(whole, DataError):
-                counts["refused"] += 1
-                continue
-            counts["conversations"] += 1
-            counts["rewritten"] += any(sample.rewritten for sample in whole)
-            counts["as_rendered"] += sum(len(sample.input_ids) for sample in whole)
-            counts["per_turn"] += sum(len(sample.input_ids) for sample in turns)
-    if not counts["rewritten"] and not counts["refused"]:
-        return None
-    names = ("conversations", "as_rendered", "per_turn", "rewritten", "refused")
-    return HistoryCost(*(counts[name] for name in names))
-
-
-def _with_history(encoder: RowEncoder, history: str) -> ChatTemplate:
-    """The encoder's template under ``history``."""
-    return replace(encoder, history=history).template  # type: ignore[arg-type]
-
-
-def _several_turns(part: Part, wanted: int) -> Iterator[Conversation]:
-    """The first conversations with several trained turns, among the first rows of a source."""
-    try:
-        for row in islice(read_rows(part.source, lambda _: None), _HISTORY_ROWS):
-            if wanted <= 0:
-                return
-            item = part.encoder.read(part.source, row)
-            if isinstance(item, Conversation) and sum(item.train) > 1:
-                wanted -= 1
-                yield item
-    except DataError:  # a damaged file; the proof names it
-        return

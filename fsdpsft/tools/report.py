@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fsdpsft.tools.charts import curve_svg, histogram_svg
 from fsdpsft.tools.facts import Histogram, ShownSample, SourceFacts
 from fsdpsft.tools.footprint import GIB, Footprint
-from fsdpsft.tools.proof import Group, HistoryCost, Proof
+from fsdpsft.tools.proof import Group, Proof
 from fsdpsft.tools.run_plan import RunPlan
 
 CLAIMS = {
@@ -32,14 +32,23 @@ NOTES = {
     "another; the exported model's will have it",
     "nothing_trained": "samples without a trained token",
     "reasoning_dropped": "messages whose reasoning the template does not print, so that it is not trained",
+    "left_out": "parts of rows that the template does not print (data.may_drop lets them go)",
 }
 """What breaks no rule and is worth knowing, by the finding's name."""
 
-_LIMITS = {"prompt_ids": ("history_rewritten", "escaped"), "prefix": ("history_rewritten",),
-           "stop_not_in_eos": ("stop_not_in_eos",), "text_missing": ("reasoning_dropped",)}  # fmt: skip
+_LIMITS = {
+    "refused": ("skipped",),
+    "prompt_ids": ("history_rewritten", "escaped"),
+    "prefix": ("history_rewritten",),
+    "stop_not_in_eos": ("stop_not_in_eos",),
+    "text_missing": ("reasoning_dropped", "left_out"),
+}
 """Claim -> notes that take something from it."""
-_UNPROVEN = {"history_rewritten": "replies are trained after another prompt than inference gives",
-             "reasoning_dropped": "messages lose their reasoning"}  # fmt: skip
+_UNPROVEN = {
+    "history_rewritten": "replies are trained after another prompt than inference gives",
+    "reasoning_dropped": "messages lose their reasoning",
+    "left_out": "parts of rows are lost in the template",
+}
 """Notes with which what is trained is not all, or not exactly, what the model must say."""
 
 
@@ -150,7 +159,6 @@ class Report:
         found = [sources_section(self.sources, self.unused)] if self.sources else []
         found += [lengths_section(self.histogram)] if self.histogram is not None else []
         found += [plan_section(self.plan), rate_section(self.plan)] if self.plan is not None else []
-        found += [history_section(self.proof.history)] if self.proof.history is not None else []
         return found
 
 
@@ -284,19 +292,6 @@ def footprint_section(footprint: Footprint) -> Section:
     ]
     note = "Counted from config.json for standard blocks; CUDA's context, NCCL and fragmentation come on top."
     return Section(f"On {f.gpus} x {f.gpu}", text, table, [note])
-
-
-def history_section(cost: HistoryCost) -> Section:
-    """What each way to treat history costs."""
-    ratio = f" ({cost.per_turn / cost.as_rendered:.2f} times as many)" if cost.as_rendered else ""
-    text = [
-        "The template prints earlier turns otherwise than the model wrote them.",
-        f"Of the first {number(cost.conversations)} conversations with several replies, {number(cost.rewritten)} are "
-        "rewritten; their tokens:",
-        f"data.history=as_rendered {number(cost.as_rendered)}, data.history=per_turn {number(cost.per_turn)}{ratio}",
-    ]
-    text += [f"{number(cost.refused)} further ones can be trained with per_turn alone"] if cost.refused else []
-    return Section("History", text)
 
 
 # -------------------------------------------------------------------------------------------------------------- words

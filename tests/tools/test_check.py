@@ -24,7 +24,7 @@ from fsdpsft.testing import CHATML, save_tiny_model, tiny_tokenizer
 from fsdpsft.tools import proof as proofs
 from fsdpsft.tools.check import main
 from fsdpsft.tools.facts import length_histogram, show_sample
-from fsdpsft.tools.proof import Group, Part, RowFinding, history_cost, prove
+from fsdpsft.tools.proof import Group, Part, RowFinding, prove
 from fsdpsft.tools.report import CLAIMS, NOTES, counted, ranges
 from fsdpsft.tools.terminal import Style, samples_text, table, visible
 
@@ -333,31 +333,6 @@ def test_rows_of_token_ids_are_counted_apart(run, tmp_path: Path) -> None:
     assert code == 0
     assert "4 rows came as token ids; their mask is taken at its word" in out
     assert "All 4 rows can be trained on; 4 came as token ids, with a mask of their own." in out
-
-
-def test_the_cost_of_histories_is_counted_turn_by_turn(run, model: Path, tmp_path: Path) -> None:
-    three = chat("a?", "one", "b?", "two", "c?", "three", reasoning_content="so")
-    rows = [three, chat("a?", "b"), chat("x", "y", "z", "w")]
-    file = tmp_path / "template.jinja"
-    file.write_text(FORGETFUL)
-    tokenizer = tiny_tokenizer(FORGETFUL)
-
-    def tokens(messages: list[Any]) -> int:
-        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"])
-
-    several = [row["messages"] for row in rows if len(row["messages"]) > 2]
-    per_turn = sum(tokens(m[: i + 1]) for m in several for i in range(1, len(m), 2))
-    as_rendered = sum(map(tokens, several))
-    (source,) = resolve_sources(str(write(tmp_path / "a.jsonl", rows)))
-    part = Part("train", source, RowEncoder([source], tokenizer, eos_token_ids=[2]), BuildOptions())
-    cost = history_cost([part])
-    assert cost is not None
-    assert (cost.conversations, cost.as_rendered, cost.per_turn) == (2, as_rendered, per_turn)
-    assert (cost.rewritten, cost.refused) == (2, 0)
-    _, out, _ = run(tmp_path / "a.jsonl", f"data.chat_template={file}")
-    assert f"data.history=as_rendered {as_rendered:,}, data.history=per_turn {per_turn:,} (" in out
-    plain = Part("train", source, RowEncoder([source], tiny_tokenizer(), eos_token_ids=[2]), BuildOptions())
-    assert history_cost([plain]) is None
 
 
 def test_real_data_passes(run, real_data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,10 @@ MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audio
 PREFERENCE_COLUMNS = frozenset({"chosen", "rejected"})
 _VERDICT_COLUMNS = frozenset({"label", "kto_tag"})
 _OTHER_TRAINING = MEDIA_COLUMNS | PREFERENCE_COLUMNS | _VERDICT_COLUMNS
+_COLUMN_KEYS = (
+    "prompt_key", "response_key", "query_key", "history_key", "system_key", "messages_key", "tools_key",
+    "enable_thinking_key",
+)  # fmt: skip
 _ALPACA_COLUMNS = ("instruction", "input", "output", "history")
 _TOKEN_COLUMNS = ("input_ids", "loss_mask", "labels", "attention_mask")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -78,8 +83,7 @@ class RowFormat:
     @cached_property
     def named(self) -> frozenset[str]:
         """The columns that the user names."""
-        keys = (self.prompt_key, self.response_key, self.query_key, self.history_key, self.system_key)
-        return frozenset(key for key in (*keys, self.messages_key, self.tools_key, self.enable_thinking_key) if key)
+        return frozenset(name for key in _COLUMN_KEYS if (name := getattr(self, key)) is not None)
 
     def messages_column(self, columns: Collection[str]) -> str:
         """Which of ``columns`` holds the list of messages."""
@@ -126,11 +130,10 @@ def recognise(column_names: Sequence[str], first_row: Row, options: RowFormat) -
 
 def _recognise(columns: Sequence[str], options: RowFormat) -> str:
     """Explicit keys go before everything that could be recognised."""
-    for key in ("prompt_key", "response_key", "query_key", "history_key", "system_key"):
-        _need(getattr(options, key), f"data.{key}", columns)
-    for key in ("messages_key", "tools_key", "enable_thinking_key"):
+    for key in _COLUMN_KEYS:
         name = getattr(options, key)
-        _need(None if name == getattr(_DEFAULTS, key) else name, f"data.{key}", columns)
+        if name not in (getattr(_DEFAULTS, key), *columns):
+            raise RowError(f"no column {name} (data.{key}); the columns are {listed(columns)}", "missing column")
     if options.format != "auto":
         if options.format not in FORMATS:
             raise DataError(f"data.format={options.format} is not known; use one of {', '.join(FORMATS)}")
@@ -156,22 +159,15 @@ def _fits(columns: Sequence[str], options: RowFormat) -> list[tuple[str, tuple[s
     there = set(columns)
     if options.prompt_key or options.response_key:
         return [("alpaca" if options.query_key or options.history_key else "prompt_response", ())]
-    if options.messages_key != _DEFAULTS.messages_key:
-        return [("messages", (options.messages_key,))]
-    if "input_ids" in there:
+    messages = options.messages_column(columns)
+    if "input_ids" in there and options.messages_key == _DEFAULTS.messages_key:
         return [("tokenized", ("input_ids",))]
-    for name in MESSAGE_COLUMNS:
-        if name in there:
-            return [("messages", (name,))]
+    if messages in there:
+        return [("messages", (messages,))]
     pairs: list[tuple[str, tuple[str, ...]]] = [("prompt_response", pair) for pair in PAIRS if there.issuperset(pair)]
     if there.issuperset(("instruction", "output")):
         return [("alpaca", ("instruction", "output")), *(fit for fit in pairs if fit[1] != ("input", "output"))]
     return pairs
-
-
-def _need(name: str | None, key: str, columns: Sequence[str]) -> None:
-    if name is not None and name not in columns:
-        raise RowError(f"no column {name} ({key}); the columns are {listed(columns)}", "missing column")
 
 
 def _refuse_preference(columns: Collection[str], options: RowFormat) -> None:
@@ -192,7 +188,7 @@ def refuse_other_training(columns: Mapping[str, Any], options: RowFormat) -> Non
     Raises:
         RowError: the row holds images, sounds or answers to compare, or its answer is marked as unwanted.
     """
-    for name in _OTHER_TRAINING.intersection(columns).difference(options.named):
+    for name in sorted(_OTHER_TRAINING.intersection(columns).difference(options.named)):
         value = columns[name]
         if name in PREFERENCE_COLUMNS:
             _refuse_preference(columns, options)
@@ -237,9 +233,9 @@ def unused_columns(source: Source, adapter: str, options: RowFormat) -> list[str
         adapter: from ``recognise``, or "custom", which may read any.
         options: from ``format_of``.
     """
-    columns = list(first_row(source).columns)
     if adapter == "custom":
         return []
+    columns = list(first_row(source).columns)
     used = {*options.named, *(SYSTEM_COLUMNS if options.system_key is None else ())}
     if adapter == "tokenized":
         used.update(_TOKEN_COLUMNS)
@@ -247,7 +243,8 @@ def unused_columns(source: Source, adapter: str, options: RowFormat) -> list[str
         keys = (options.prompt_key, options.query_key, options.response_key, options.history_key)
         used.update(key or name for key, name in zip(keys, _ALPACA_COLUMNS, strict=True))
     elif adapter == "prompt_response":
-        used.update(prompt_and_response(columns, options))
+        with suppress(RowError):  # the row is named where it is read
+            used.update(prompt_and_response(columns, options))
     else:
         used.add(options.messages_column(columns))
     return [name for name in columns if name not in used]
