@@ -15,7 +15,7 @@ _LISTED = 8
 
 
 class UserError(ValueError):
-    """A mistake the user can mend."""
+    """A mistake the user can fix."""
 
 
 class ConfigError(UserError):

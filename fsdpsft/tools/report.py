@@ -59,7 +59,7 @@ class Section:
     Attributes:
         text: sentences above the table.
         table: rows of cells, the titles first; empty for none.
-        notes: sentences below, for who wants to know.
+        notes: explanations below it.
         chart: a drawing as HTML, for the page alone.
     """
 

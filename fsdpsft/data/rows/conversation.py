@@ -160,12 +160,12 @@ def _template_kwargs(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, bool):
-        raise fault("wrong type", name, "expected true or false", "mend the row", value)
+        raise fault("wrong type", name, "expected true or false", "fix the row", value)
     return {"enable_thinking": value}
 
 
 def read_messages(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """Messages of a ``messages`` or ``conversations`` column, in OpenAI's or ShareGPT's manner.
+    """Messages of a ``messages`` or ``conversations`` column, in the form of OpenAI or ShareGPT.
 
     Raises:
         RowError: what is there is not a list of messages.
@@ -179,14 +179,14 @@ def _message_list(value: Any, name: str, options: RowFormat) -> list[Message]:
         value = parse_json(value, name, "bad messages", "a list of messages")
     if not isinstance(value, list):
         reason = "null value" if value is None else "wrong type"
-        raise fault(reason, name, "expected a list of messages", "mend the row", value)
+        raise fault(reason, name, "expected a list of messages", "fix the row", value)
     if not value:
         raise fault("empty conversation", name, "the list of messages is empty", "remove the row")
     keys = options.message_keys
     messages = [parse_message(raw, f"{name}[{index}]", keys) for index, raw in enumerate(value)]
     styles = {message.style for message in messages}
     if len(styles) > 1:
-        raise fault("mixed formats", name, "some messages have role, others from", "write all in one manner")
+        raise fault("mixed formats", name, "some messages have role, others from", "write all of them alike")
     return messages
 
 
@@ -271,7 +271,7 @@ def read_alpaca(columns: Mapping[str, Any], options: RowFormat) -> list[Message]
 def _history(value: Any, name: str) -> list[Any]:
     turns = [] if value is None else value
     if not isinstance(turns, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
-        raise fault("wrong type", name, "expected a list of [question, answer] pairs", "mend the row", value)
+        raise fault("wrong type", name, "expected a list of [question, answer] pairs", "fix the row", value)
     return turns
 
 

@@ -202,7 +202,7 @@ def _read_csv(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
             rows = enumerate(_csv_rows(lines, shard.file, on_error))
             yield from ((index, columns) for index, columns in rows if columns is not None)
         except csv.Error as exc:
-            text = f"broken CSV in line {lines.line_num} ({exc}); mend the quoting"
+            text = f"broken CSV in line {lines.line_num} ({exc}); fix the quoting"
             raise DataError(text, file=shard.file) from None
         except UnicodeDecodeError as exc:
             text = f"byte {exc.object[exc.start]:#04x} soon after line {lines.line_num} is not UTF-8"

@@ -25,7 +25,7 @@ IndexedRow = tuple[int, dict[str, Any]]
 
 
 def raise_fault(fault: RowError) -> None:
-    """What is done with a bad row where nobody else wants it."""
+    """What is done with a bad row where no one else handles it."""
     raise fault
 
 
@@ -48,7 +48,7 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RowError("JSON nested too deeply to be read; flatten the row", "nested too deeply") from None
     except ValueError as exc:  # an integer of thousands of digits
-        raise RowError(f"broken JSON ({exc}); mend the row", "broken JSON") from None
+        raise RowError(f"broken JSON ({exc}); fix the row", "broken JSON") from None
     return _columns(value)
 
 
@@ -156,13 +156,13 @@ class _Window:
                 cut_off = exc.pos >= len(self._text) - _LONGEST_TOKEN or exc.msg.startswith("Unterminated string")
                 if self._ended or not cut_off:
                     found = f"broken JSON {exc.pos - self._at} characters into the row ({exc.msg})"
-                    hint = "the file seems to be cut off" if self._ended and cut_off else "mend the file"
+                    hint = "the file seems to be cut off" if self._ended and cut_off else "fix the file"
                     raise DataError(f"{found}; {hint}", file=self._path, row=row) from None
             except RecursionError:
                 problem = "JSON nested too deeply to be read; flatten the row"
                 raise DataError(problem, file=self._path, row=row) from None
             except ValueError as exc:  # an integer of thousands of digits
-                raise DataError(f"broken JSON ({exc}); mend the row", file=self._path, row=row) from None
+                raise DataError(f"broken JSON ({exc}); fix the row", file=self._path, row=row) from None
             else:
                 if end < len(self._text) or self._ended:
                     self._at = end
@@ -192,7 +192,7 @@ def _elements(window: _Window, path: str, first_row: int, whole: bool) -> Iterat
         raise DataError(problem, file=path)
     window.skip()
     if window.peek():
-        raise DataError(f"found {window.peek()!r} after the end of the JSON array; mend the file", file=path)
+        raise DataError(f"found {window.peek()!r} after the end of the JSON array; fix the file", file=path)
 
 
 def read_array(

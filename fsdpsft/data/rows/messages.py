@@ -75,7 +75,7 @@ class Message(NamedTuple):
     Attributes:
         entries: what the template gets: role, content (text), and where given reasoning_content, tool_calls (objects
             with arguments as dicts), tool_call_id, name and whatever else the data has.
-        style: "role" or "from", the manner in which the data wrote it.
+        style: "role" or "from", as the data wrote it.
         train: what the data says about training this message; None: nothing.
         weight: loss weight of its tokens, 0 or more.
     """
@@ -122,7 +122,7 @@ def column(columns: Mapping[str, Any], name: str) -> Any:
     """
     if name not in columns:
         problem = f"there is none; the columns are {listed(columns)}"
-        raise fault("missing column", name, problem, "name another or mend the row")
+        raise fault("missing column", name, problem, "name another or fix the row")
     return columns[name]
 
 
@@ -145,7 +145,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) -> Any:
-    """A copy of nested data, checked to be what JSON can hold and not nested beyond reason.
+    """A copy of nested data, checked to be what JSON can hold and not nested too deeply.
 
     Args:
         value: the data.
@@ -171,7 +171,7 @@ def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) 
             if item is not None or not drop:
                 copy[text_of(key, column)] = plain(item, column, drop_nulls=drop, depth=depth + 1)
         return copy
-    problem = f"a {type(value).__name__} has no place in a message"
+    problem = f"a {type(value).__name__} cannot be part of a message"
     raise fault("wrong type", column, problem, "use text, numbers, lists and objects", value)
 
 
@@ -191,14 +191,14 @@ def parse_json(text: str, column: str, reason: str, wanted: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
         problem = f"expected {wanted}, but the text is not JSON ({str(exc)[:80]})"
-        raise fault(reason, column, problem, "mend the JSON", text) from None
+        raise fault(reason, column, problem, "fix the JSON", text) from None
 
 
 def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     """Bring one message into the form templates take.
 
     Args:
-        raw: a dict with a role and content, in OpenAI's or ShareGPT's manner. Keys whose value is null count as absent.
+        raw: a dict with a role and content, as OpenAI or ShareGPT write it. Null values count as absent.
         column: where it stands, as ``messages[2]``.
         keys: names that differ from the well-known ones.
 
@@ -206,7 +206,7 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
         RowError: unknown role, missing or mistyped content, a tool call that is not one, a bad weight.
     """
     if not isinstance(raw, dict):
-        raise fault("wrong type", column, "a message must be an object with a role and content", "mend the row", raw)
+        raise fault("wrong type", column, "a message must be an object with a role and content", "fix the row", raw)
     given = {key: value for key, value in raw.items() if value is not None}
     if keys.usual and given.keys() == _ROLE_AND_CONTENT and _is_usual(given):
         return Message(given)
@@ -300,7 +300,7 @@ def _part(part: Any, column: str, texts: list[str], thoughts: list[str]) -> None
         texts.append(text_of(part, column))
         return
     if not isinstance(part, dict):
-        raise fault("wrong type", column, "a part must be text or an object with type and text", "mend the row", part)
+        raise fault("wrong type", column, "a part must be text or an object with type and text", "fix the row", part)
     kind = part.get("type", "text")
     if not isinstance(kind, str):
         raise fault("wrong type", f"{column}.type", "expected text", "write it as a string", kind)
@@ -356,7 +356,7 @@ def _tool_call(call: Any, column: str) -> dict[str, Any]:
         call = parse_json(call, column, "bad tool call", "a tool call")
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise fault("bad tool call", column, "a tool call needs a name and arguments", "mend the call", call)
+        raise fault("bad tool call", column, "a tool call needs a name and arguments", "fix the call", call)
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         where = f"{column}.arguments"
@@ -364,7 +364,7 @@ def _tool_call(call: Any, column: str) -> dict[str, Any]:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise fault("bad tool call", f"{column}.arguments", "arguments must be an object", "mend the call", arguments)
+        raise fault("bad tool call", f"{column}.arguments", "arguments must be an object", "fix the call", arguments)
     name = text_of(function["name"], f"{column}.name")
     parsed = {"type": "function", "function": {"name": name, "arguments": plain(arguments, f"{column}.arguments")}}
     if call.get("id") is not None:
@@ -401,7 +401,7 @@ def _tool(tool: Any, column: str, written: bool) -> dict[str, Any]:
         tool, written = parse_json(tool, column, "bad tools", "a tool definition"), True
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise fault("bad tools", column, "a tool definition needs a name", "mend the definition", tool)
+        raise fault("bad tools", column, "a tool definition needs a name", "fix the definition", tool)
     tool = plain(tool, column, drop_nulls=not written)
     return tool if "function" in tool else {"type": "function", "function": tool}
 
@@ -414,7 +414,7 @@ def _train(given: dict[str, Any], column: str, role: str) -> bool | None:
             advice = "only what the assistant says is trained; remove it"
             raise fault("foreign message trained", column, problem, advice)
         return train
-    raise fault("wrong type", f"{column}.train", "train must be true or false", "mend the row", train)
+    raise fault("wrong type", f"{column}.train", "train must be true or false", "fix the row", train)
 
 
 def _weight(given: dict[str, Any], column: str) -> float:
@@ -426,7 +426,7 @@ def _weight(given: dict[str, Any], column: str) -> float:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not (weight == 0 or low <= weight <= high):
             problem = f"a weight must be 0 or a number from {low:g} to {high:g}"
-            raise fault("bad weight", f"{column}.{key}", problem, "mend the row", weight)
+            raise fault("bad weight", f"{column}.{key}", problem, "fix the row", weight)
     if len(set(found.values())) > 1:
         raise fault("bad weight", column, "weight and loss_weight differ", "keep one of them", found)
     return float(next(iter(found.values())))

@@ -35,7 +35,7 @@ def read_tokenized(columns: Mapping[str, Any]) -> Tokenized:
     """
     ids = _numbers(column(columns, "input_ids"), "input_ids", np.int64)
     if not len(ids) or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise fault("bad tokens", "input_ids", "expected token ids of 0 or more", "mend the row", columns["input_ids"])
+        raise fault("bad tokens", "input_ids", "expected token ids of 0 or more", "fix the row", columns["input_ids"])
     attention = columns.get("attention_mask")
     if attention is not None and not _numbers(attention, "attention_mask", np.int64).all():
         raise fault("bad tokens", "attention_mask", "the row is padded", "remove the padding tokens from every column")
@@ -71,14 +71,14 @@ def _numbers(value: Any, name: str, kind: type[np.generic]) -> np.ndarray:
         array = array.astype(kind)
     wanted = "iu" if issubclass(kind, np.integer) else "biuf"
     if array.ndim != 1 or array.dtype.kind not in wanted:
-        raise fault("bad tokens", name, "expected a flat list of numbers", "mend the row", value)
+        raise fault("bad tokens", name, "expected a flat list of numbers", "fix the row", value)
     return array.astype(kind)
 
 
 def _from_mask(value: Any, _: np.ndarray) -> np.ndarray:
     weights = _numbers(value, "loss_mask", np.float64)
     if not np.isfinite(weights).all() or ((weights != 0) & ((weights < 1e-6) | (weights > 1e6))).any():
-        raise fault("bad weight", "loss_mask", "expected 0, 1, or weights from 1e-6 to 1e6", "mend the row", value)
+        raise fault("bad weight", "loss_mask", "expected 0, 1, or weights from 1e-6 to 1e6", "fix the row", value)
     return weights.astype(np.float32)
 
 

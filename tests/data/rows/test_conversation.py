@@ -446,7 +446,7 @@ def test_nesting_beyond_reason_and_foreign_objects() -> None:
         deep = [deep]
     with pytest.raises(RowError, match="nested more than 64 levels deep"):
         chat({"messages": [USER, REPLY | {"plan": deep}]})
-    with pytest.raises(RowError, match="a bytes has no place in a message"):
+    with pytest.raises(RowError, match="a bytes cannot be part of a message"):
         chat({"messages": [USER, REPLY | {"plan": [b"x"]}]})
 
 
