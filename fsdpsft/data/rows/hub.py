@@ -43,7 +43,7 @@ def fetch_hub_rows(name: str, split: str) -> list[str]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as exc:
         message = next(iter(str(exc).splitlines()), type(exc).__name__)
         raise DataError(
-            f"{name}: no such path, and it could not be fetched from the Hub ({message}). {_OFFLINE}"
+            f"{name}: no such path, nor on the Hub ({message}). {_OFFLINE}"
         ) from exc
     cached = [str(entry["filename"]) for entry in data.cache_files]
     if not cached:

@@ -63,7 +63,7 @@ def test_offline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"no such path, and it could not be fetched from the Hub .*Couldn't reach"):
+    with pytest.raises(DataError, match=r"no such path, nor on the Hub .*Couldn't reach"):
         resolve_sources("owner/name")
 
 
