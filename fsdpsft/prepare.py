@@ -21,10 +21,10 @@ from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.mask.spans import folder_disagrees
-from fsdpsft.data.rows.conversation import RowFormat
+from fsdpsft.data.rows.conversation import RowFormat, unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.distributed.mesh import Mesh, env_local_rank, env_rank
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.errors import ConfigError, DataError, and_more
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.model.load import load_tokenizer, resolve_model_path
 
@@ -140,6 +140,9 @@ def prepare_data(config: Config, every_byte: bool = False) -> TrainingData:
     encoder = make_encoder(d, sources, tokenizer, eos)
     train = tokenised(sources, encoder)
     check_size(train, config)
+    for source in sources:
+        if unused := unused_columns(source, encoder.adapters[source.name], encoder.formats[source.name]):
+            log.info("%s: columns that nothing reads: %s", source.name, and_more(unused, 20))
     validation = tokenised(held_out, make_encoder(d, held_out, tokenizer, eos)) if held_out else None
     if validation is not None and not validation.trained.any():
         raise DataError("data.val_files has no trained token, so there is no validation loss")

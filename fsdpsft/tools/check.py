@@ -17,9 +17,11 @@ from pathlib import Path
 
 from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.store import TokenStore
-from fsdpsft.data.mask.row_encoder import RowEncoder
+from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.rows.conversation import unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.data.workers import usable_cores
+from fsdpsft.errors import ConfigError, DataError, and_more
 from fsdpsft.model.load import load_tokenizer, resolve_model_path
 from fsdpsft.prepare import TrainingData, generation_eos, make_encoder, prepare_data
 from fsdpsft.tools import terminal
@@ -42,6 +44,7 @@ USAGE = f"""python -m fsdpsft.check proves what would be trained; it takes the k
 """
 _SHOWN_TOKENS = 3000
 _SHOWN_IN_TERMINAL = 400
+_SHOWN_COLUMNS = 20
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,32 @@ class Options:
         Raises:
             ConfigError: one of them is not usable.
         """
-        html = Path(values["html"]).expanduser() if "html" in values else None
-        if html is not None and (html.is_dir() or not os.access(html.parent, os.W_OK)):
-            raise ConfigError(f"check.html={html} cannot be written: name a file in a folder that exists")
+        html = _page_path(values["html"]) if "html" in values else None
         rows = values["rows"] if "rows" in values else str(DEFAULT_ROWS)
         samples = values["samples"] if "samples" in values else str(cls.samples)
         return cls(
             html, None if rows == "all" else whole_number("check.rows", rows, least=1),
             whole_number("check.samples", samples, least=0),
         )  # fmt: skip
+
+
+def _page_path(name: str) -> Path:
+    """The file to write, behind links.
+
+    Raises:
+        ConfigError: it cannot be written, or is something else than a file, which would be lost by writing it.
+    """
+    path = Path(os.path.realpath(os.path.expanduser(name)))  # noqa: PTH111 - leaves an unknown user's ~name as it is
+    try:
+        other = path.exists() and not path.is_file()
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    except (OSError, ValueError):  # too long, or a null character in it
+        other = writable = False
+    if other:
+        raise ConfigError(f"check.html={name} is not a file but a folder, device or pipe; name a file")
+    if not writable:
+        raise ConfigError(f"check.html={name} cannot be written: name a file in a folder that exists")
+    return path
 
 
 def check(config: Config, options: Options) -> Report:
@@ -87,19 +107,23 @@ def check(config: Config, options: Options) -> Report:
     stores = [] if data is None else [s for s in (data.train, data.validation) if s is not None]
     available = sum(store.stats["rows"] for store in stores) if stores else None
     log.info("proving the masks of %s", _extent(options.rows, available))
-    proof = prove(
-        parts, limit=options.rows, available=available, skip_bad=config.data.on_bad_row == "skip",
-        processes=config.data.num_workers or _usable_cores(),
-    )  # fmt: skip
+    processes = config.data.num_workers or usable_cores()
+    proof = prove(parts, limit=options.rows, available=available, processes=processes)
     encoder = parts[0].encoder
-    report = Report(
-        config.model.partial_pretrain, encoder.template.text if encoder.needs_template else None, problems, proof
-    )
+    template = encoder.template.text if encoder.needs_template else None
+    report = Report(config.model.partial_pretrain, template, problems, proof, _unused(parts))
     return report if data is None else _with_facts(report, config, data, options)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _unused(parts: Sequence[Part]) -> dict[str, str]:
+    """By source, the columns that nothing reads."""
+    found = {}
+    for part in parts:
+        name = part.source.name
+        columns = unused_columns(part.source, part.encoder.adapters[name], part.encoder.formats[name])
+        if columns:
+            found[name] = and_more(columns, _SHOWN_COLUMNS)
+    return found
 
 
 def _extent(limit: int | None, available: int | None) -> str:
@@ -114,11 +138,11 @@ def _parts(config: Config) -> list[Part]:
     tokenizer_path = resolve_model_path(config.model.partial_pretrain)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     eos = generation_eos(tokenizer_path)
-    limit = d.max_length if d.truncation == "error" else None
+    options = BuildOptions(d.max_length, d.truncation, d.on_bad_row)
 
     def parts_of(split: str, sources: list[Source]) -> list[Part]:
-        encoder: RowEncoder = make_encoder(d, sources, tokenizer, eos)
-        return [Part(split, source, encoder, limit) for source in sources]
+        encoder = make_encoder(d, sources, tokenizer, eos)
+        return [Part(split, source, encoder, options) for source in sources]
 
     parts = parts_of("train", resolve_sources(d.train_files, d.dataset_info))
     if d.val_files is not None:
@@ -172,15 +196,7 @@ def _samples(store: TokenStore, data: TrainingData, wanted: int) -> list[ShownSa
 
 def print_report(report: Report, style: terminal.Style) -> None:
     """Write the report to standard output, the verdict last."""
-    parts: list[str] = []
-    if report.sources:
-        parts.append(terminal.sources_text(report.sources, style))
-    if report.histogram is not None:
-        parts.append(terminal.histogram_text(report.histogram, style))
-    if report.plan is not None:
-        parts += [terminal.plan_text(report.plan, style), terminal.curve_text(report.plan, style)]
-    if report.proof.history is not None:
-        parts.append(terminal.history_text(report.proof.history, style))
+    parts = [terminal.section_text(section, style) for section in report.sections]
     if report.samples:
         parts.append(terminal.samples_text([sample.shortened(_SHOWN_IN_TERMINAL) for sample in report.samples], style))
     parts.append(terminal.proof_text(report.proof, style))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fsdpsft.batch import Sample
 from fsdpsft.data.batches.store import TokenStore
-from fsdpsft.data.batches.store_parts import NO_TRAINED_TOKEN, NOTHING_LEFT
+from fsdpsft.data.batches.store_parts import NO_TRAINED_TOKEN, NOTHING_LEFT, Tally
 
 BINS = 32
 _STEPS = (1, 2, 4, 5, 8, 10)
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 8  # tokens; a character of four bytes is at most four byte tokens
+_LONG_OPENING, _LEAD = 200, 40  # tokens before the first trained one; from so many on, only so many are shown at once
 
 
 @dataclass(frozen=True)
@@ -25,41 +25,31 @@ class SourceFacts:
 
     Attributes:
         split: "train" or "validation".
-        truncated: samples cut to ``data.max_length``.
-        dropped, skipped: samples and rows left out, by reason.
-        duplicates: samples equal to an earlier one.
-        zero_label: rows and samples without a trained token, left out.
-        escaped: samples with special-token text in their content.
-        rewritten: trained turns that the template prints otherwise than inference sees them.
+        counts: its rows, samples and tokens, and what was left out.
         median, longest: tokens of a sample; 0 where there is none.
     """
 
     name: str
     split: str
     weight: float
-    rows: int
-    samples: int
-    tokens: int
-    trained_tokens: int
-    truncated: int
-    duplicates: int
-    zero_label: int
-    escaped: int
-    rewritten: int
-    dropped: dict[str, int]
-    skipped: dict[str, int]
+    counts: Tally
     median: int
     longest: int
 
     @property
     def trained_share(self) -> float:
         """Share of the tokens that is trained."""
-        return self.trained_tokens / self.tokens if self.tokens else 0.0
+        return self.counts.trained_tokens / self.counts.tokens if self.counts.tokens else 0.0
 
     @property
-    def left_out(self) -> int:
-        """Rows and samples left out, whatever the reason."""
-        return sum(self.dropped.values()) + sum(self.skipped.values())
+    def left_out(self) -> dict[str, int]:
+        """Rows and samples left out, by reason."""
+        return dict(self.counts.skipped) | dict(self.counts.dropped)
+
+    @property
+    def untrained(self) -> int:
+        """Rows and samples without a trained token, left out."""
+        return sum(n for reason, n in self.left_out.items() if reason in (NO_TRAINED_TOKEN, NOTHING_LEFT))
 
 
 @dataclass(frozen=True)
@@ -100,19 +90,23 @@ class ShownSample:
 
     Attributes:
         where: file and row.
-        pieces: its tokens; of a long sample the first and last ones.
+        opening: pieces long before the first trained token, as of tools and a system prompt; the last of them.
+        opening_tokens: all tokens there.
+        pieces: what follows; of a long sample the first and last ones.
         omitted: tokens left out in the middle, after ``gap_at`` pieces.
     """
 
     where: str
     tokens: int
     trained_tokens: int
+    opening: tuple[Piece, ...]
+    opening_tokens: int
     pieces: tuple[Piece, ...]
     omitted: int = 0
     gap_at: int = 0
 
     def shortened(self, most: int) -> ShownSample:
-        """The same with at most ``most`` pieces, of the beginning and the end."""
+        """The same without its opening and with at most ``most`` pieces, of the beginning and the end."""
         if len(self.pieces) <= most:
             return self
         head = most // 2
@@ -128,19 +122,10 @@ def source_facts(store: TokenStore, split: str, weights: Sequence[float]) -> lis
     facts = []
     for name, end, count, weight in zip(store.source_names, ends, store.source_counts, weights, strict=True):
         lengths = store.lengths[end - count : end]
-        facts.append(_facts(name, split, weight, store.stats["sources"][name], lengths))
+        median = int(np.median(lengths)) if len(lengths) else 0
+        counts = Tally(**store.stats["sources"][name])
+        facts.append(SourceFacts(name, split, weight, counts, median, int(lengths.max(initial=0))))
     return facts
-
-
-def _facts(name: str, split: str, weight: float, stats: dict[str, Any], lengths: NDArray[np.int32]) -> SourceFacts:
-    dropped, skipped = stats["dropped"], stats["skipped"]
-    reasons = (NO_TRAINED_TOKEN, NOTHING_LEFT)
-    zero_label = sum(count for table in (dropped, skipped) for reason, count in table.items() if reason in reasons)
-    return SourceFacts(
-        name, split, weight, stats["rows"], stats["samples"], stats["tokens"], stats["trained_tokens"],
-        stats["truncated"], stats["duplicates"], zero_label, stats["escaped"], stats["rewritten"], dropped, skipped,
-        int(np.median(lengths)) if len(lengths) else 0, int(lengths.max(initial=0)),
-    )  # fmt: skip
 
 
 def length_histogram(lengths: NDArray[np.int32]) -> Histogram:
@@ -158,7 +143,7 @@ def length_histogram(lengths: NDArray[np.int32]) -> Histogram:
 def show_sample(
     sample: Sample, where: str, decode: Callable[[list[int]], str], special: dict[int, str], most: int
 ) -> ShownSample:
-    """Cut a sample into pieces to look at.
+    """Cut a sample into pieces to look at, beginning shortly before the first trained token.
 
     Args:
         sample: the tokens and their loss weights.
@@ -169,15 +154,19 @@ def show_sample(
     """
     ids, weights = sample.input_ids.tolist(), sample.loss_weights.tolist()
     weights[0] = 0.0  # nothing comes before it that could predict it
-    trained = sum(weight > 0 for weight in weights)
-    omitted = max(len(ids) - most, 0)
-    head = len(ids) if not omitted else most // 2
-    pieces = _pieces(ids[:head], weights[:head], decode, special)
-    gap_at = len(pieces)
-    if omitted:
-        tail = head + omitted
-        pieces += _pieces(ids[tail:], weights[tail:], decode, special)
-    return ShownSample(where, len(ids), trained, tuple(pieces), omitted, gap_at)
+    first = next((at for at, weight in enumerate(weights) if weight > 0), 0)
+    start = max(first - _LEAD, 0) if first > _LONG_OPENING else 0
+
+    def pieces(low: int, high: int) -> tuple[Piece, ...]:
+        return tuple(_pieces(ids[low:high], weights[low:high], decode, special))
+
+    omitted = max(len(ids) - start - most, 0)
+    head = start + most // 2 if omitted else len(ids)
+    shown = pieces(start, head)
+    return ShownSample(
+        where, len(ids), sum(weight > 0 for weight in weights), pieces(max(start - most, 0), start), start,
+        shown + pieces(head + omitted, len(ids)), omitted, len(shown),
+    )  # fmt: skip
 
 
 def _pieces(

@@ -13,11 +13,17 @@ from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError
 from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.prepare import prepare_data
-from fsdpsft.tools import terminal
 from fsdpsft.tools.facts import length_histogram, source_facts
 from fsdpsft.tools.footprint import Footprint, estimate
+from fsdpsft.tools.report import (
+    footprint_section,
+    lengths_section,
+    plan_section,
+    rate_section,
+    sources_section,
+)
 from fsdpsft.tools.run_plan import RunPlan, plan_run
-from fsdpsft.tools.terminal import Style
+from fsdpsft.tools.terminal import Style, section_text
 from fsdpsft.tools.tool_keys import run_tool, whole_number
 
 USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
@@ -44,9 +50,9 @@ class Options:
         Raises:
             ConfigError: one of them is not usable.
         """
-        given = {"world_size": str(cls.world_size), "gpu": cls.gpu, "mfu": str(cls.mfu), **values}
-        world_size = whole_number("plan.world_size", given["world_size"], least=1)
-        gpu, share = given["gpu"], given["mfu"]
+        given = {**values}
+        world_size = whole_number("plan.world_size", given.pop("world_size", str(cls.world_size)), least=1)
+        gpu, share = given.pop("gpu", cls.gpu), given.pop("mfu", str(cls.mfu))
         if gpu not in PEAK_FLOPS:
             raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
         try:
@@ -69,10 +75,14 @@ def plan(config: Config, options: Options) -> tuple[RunPlan, Footprint]:
     footprint = estimate(config, data, run, gpus=options.world_size, gpu=options.gpu, mfu=options.mfu)
     style = Style(colour=sys.stdout.isatty())
     sources = source_facts(data.train, "train", [source.weight for source in data.sources])
-    sys.stdout.write(terminal.sources_text(sources, style))
-    sys.stdout.write(terminal.histogram_text(length_histogram(data.train.lengths), style))
-    sys.stdout.write(terminal.plan_text(run, style) + terminal.curve_text(run, style))
-    sys.stdout.write(terminal.footprint_text(footprint, style))
+    for section in (
+        sources_section(sources),
+        lengths_section(length_histogram(data.train.lengths)),
+        plan_section(run),
+        rate_section(run),
+        footprint_section(footprint),
+    ):
+        sys.stdout.write(section_text(section, style))
     return run, footprint
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from fsdpsft.config.cli import run_command
 from fsdpsft.config.schema import Config
-from fsdpsft.errors import ConfigError, UserError
+from fsdpsft.errors import ConfigError, UserError, did_you_mean
 
 
 class ToolOptions(Protocol):
@@ -74,8 +73,7 @@ def take_keys(arguments: Sequence[str], tool: str, known: Collection[str]) -> tu
             continue
         key = name.removeprefix(f"{tool}.")
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {tool}.{close[0]}?" if close else ""
+            hint = did_you_mean(key, known, prefix=f"{tool}.")
             names = ", ".join(f"{tool}.{name}" for name in known)
             raise ConfigError(f"unknown key {name}{hint} (the keys of this tool: {names})")
         if not given or not value:

@@ -51,9 +51,15 @@ ROW_FAULTS = {
     "null response": ([GOOD] * 5 + [{"question": "q", "answer": None}], [r"row 5", "answer", "null|None"]),
     "empty response": ([GOOD] * 5 + [{"question": "q", "answer": "  "}], [r"row 5", "answer", "empty|blank"]),
     "no assistant": ([{"messages": [{"role": "user", "content": "hi"}]}] * 5, [r"row 0", "assistant"]),
+    "answers to compare": (
+        [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 5,
+        ["row 0", "preference data", "data.response_key=chosen"],
+    ),
+    "unwanted answer": ([GOOD | {"label": True}] * 5 + [GOOD | {"label": False}], ["row 5", "column label", "False"]),
+    "images": ([GOOD | {"images": ["a.png"]}] * 5, ["row 0", "column images", "only text"]),
     "unknown role": (
         [{"messages": [{"role": "wizard", "content": "hi"}, {"role": "assistant", "content": "x"}]}] * 5,
-        ["row 0", "wizard"],
+        ["row 0", "wizard", "data.dataset_info"],
     ),
     "too long": (
         [GOOD] * 5 + [{"question": "q", "answer": "word " * 2000}],

@@ -53,6 +53,7 @@ def test_wheel_holds_package_settings_and_licence_and_nothing_else(dist: Path) -
     assert settings <= found
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "fsdpsft").rglob("*.py")}
     assert {name for name in found if name.endswith(".py")} == modules
+    assert {"fsdpsft/tools/page.html.j2", "fsdpsft/tools/style.css"} <= found
     assert any(name.endswith("licenses/LICENSE") for name in found)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fsdpsft.batch import Sample
+from fsdpsft.data.batches.store_parts import BuildOptions
 from fsdpsft.data.mask import proof as mask_check
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.rows.sources import resolve_sources
@@ -21,8 +24,9 @@ from fsdpsft.testing import CHATML, save_tiny_model, tiny_tokenizer
 from fsdpsft.tools import proof as proofs
 from fsdpsft.tools.check import main
 from fsdpsft.tools.facts import length_histogram, show_sample
-from fsdpsft.tools.proof import CLAIMS, NOTES, Part, history_cost, prove
-from fsdpsft.tools.terminal import Style, counted, ranges, samples_text, table, visible
+from fsdpsft.tools.proof import Group, Part, RowFinding, prove
+from fsdpsft.tools.report import CLAIMS, NOTES, counted, ranges
+from fsdpsft.tools.terminal import Style, samples_text, table, visible
 
 # Drops the thoughts of all turns but the last, as Qwen 3's template does.
 FORGETFUL = (
@@ -162,6 +166,7 @@ def test_bad_rows_are_all_named_and_the_rest_is_still_proven(run, tmp_path: Path
     )
     assert code == 0
     assert "· 4 rows left out (data.on_bad_row=skip)" in out
+    assert "All 12 rows but 4 that are left out are proven" in out
     assert "rows 2, 5-6, 9\n" in out
     assert "1 skipped: unknown role" in out
 
@@ -209,7 +214,7 @@ def test_validation_rows_are_proven_too(run, tmp_path: Path) -> None:
 def test_a_stated_sample_is_taken_at_equal_distances(run, tmp_path: Path) -> None:
     code, out, _ = run(write(tmp_path / "a.jsonl", good(30)), "check.rows=7")
     assert code == 0
-    assert "7 rows (of 30, at equal distances; check.rows=all: all)" in out
+    assert "7 rows (of 30, at equal distances), 7 replies" in out and "check.rows=all looks at all" in out
     assert "7 of 30 rows were looked at" in out
     for count, limit in ((30, 7), (10, 10), (1000, 1), (1001, 999), (5, 9)):
         chosen = [row for _, row in proofs._chosen(((0, i) for i in range(count)), limit, count)]  # type: ignore[misc]
@@ -226,6 +231,9 @@ def test_a_stated_sample_is_taken_at_equal_distances(run, tmp_path: Path) -> Non
         ("check.samples=-1", "check.samples=-1 must be a whole number"),
         ("check.html=", "check.html needs a value"),
         ("check.html=/no/such/folder/page.html", "cannot be written"),
+        ("check.html=/dev/null", "check.html=/dev/null is not a file but a folder, device or pipe"),
+        ("check.html=/", "is not a file but a folder"),
+        (f"check.html=/tmp/{'x' * 5000}.html", "cannot be written"),
         ("data.max_lenght=5", "unknown key data.max_lenght; did you mean data.max_length?"),
     ],
 )
@@ -233,6 +241,60 @@ def test_wrong_settings_are_named(run, tmp_path: Path, argument: str, message: s
     code, _, err = run(write(tmp_path / "a.jsonl", good(4)), argument)
     assert code == 1
     assert message in err
+
+
+def test_a_page_replaces_a_file_behind_a_link_and_nothing_else(run, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", good(4))
+    (tmp_path / "old.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("old.html")
+    code, _, _ = run(data, f"check.html={tmp_path / 'link.html'}")
+    assert code == 0 and (tmp_path / "link.html").is_symlink()
+    assert "<!doctype html>" in (tmp_path / "old.html").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device.html").symlink_to("pipe")
+    code, _, err = run(data, f"check.html={tmp_path / 'device.html'}")
+    assert code == 1 and "is not a file" in err
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_the_headline_says_no_more_than_the_notes(run, tmp_path: Path) -> None:
+    """Thoughts that the template drops, and replies trained after a rewritten history, are not proven."""
+    rows = [chat("a?", "b", reasoning_content="so")] * 3 + [chat("a?", "b")]
+    page = tmp_path / "page.html"
+    code, out, _ = run(write(tmp_path / "a.jsonl", rows), f"check.html={page}")
+    claim = CLAIMS["text_missing"]
+    if code == 0:  # data.may_drop has its own say in this
+        assert "are proven" not in out
+        headline = "All 4 rows can be trained on, with limits: 3 messages lose their reasoning."
+        assert headline in out and f"· {claim}: not for 3 rows, see below" in out
+        assert f"<h1>{headline}</h1>" in page.read_text() and '<body class="limited">' in page.read_text()
+    template = tmp_path / "template.jinja"
+    template.write_text(FORGETFUL)
+    several = [chat("a?", "one", "b?", "two", reasoning_content="so")] * 4
+    code, out, _ = run(write(tmp_path / "b.jsonl", several), f"data.chat_template={template}", f"check.html={page}")
+    assert code == 0 and "are proven" not in out
+    assert "4 replies are trained after another prompt than inference gives" in out.splitlines()[-2]
+    assert f"· {CLAIMS['prefix']}: not for 4 rows, see below" in out
+    assert f"✓ {CLAIMS['prefix']}" not in out
+    assert f'<li class="limited">{CLAIMS["prefix"]}: not for 4 rows, see below</li>' in page.read_text()
+
+
+def test_columns_that_nothing_reads_are_listed_once(run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = [row | {"score": 3, "origin": "web"} for row in good(4)]
+    page = tmp_path / "page.html"
+    code, out, _ = run(write(tmp_path / "a.jsonl", rows), f"check.html={page}")
+    assert code == 0
+    told = "a: columns that nothing reads: score, origin"
+    assert out.count(told) == page.read_text().count(told) == caplog.text.count(told) == 1
+
+
+def test_failures_that_differ_in_quoted_text_and_numbers_are_one_group() -> None:
+    group = Group()
+    for row, text in enumerate(("the template's end is 'it\\'s', token 5", "the template's end is 'b', token 77",
+                                'the template\'s end is "it\'s", token 1', "another end is 'b'")):  # fmt: skip
+        group.add(RowFinding("refused", True, "f", row, None, None, text))
+    assert [(finding.row, count) for finding, count in group.examples.values()] == [(0, 3), (3, 1)]
 
 
 def test_help_names_the_keys_of_the_tool_and_of_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,9 +314,9 @@ def test_many_processes_find_what_one_does(model: Path, tmp_path: Path, monkeypa
         rows[index] = {"messages": []}
     rows[40] = chat("hi <|im_end|> there", "yes")
     (source,) = resolve_sources(str(write(tmp_path / "a.jsonl", rows)))
-    part = Part("train", source, RowEncoder([source], tiny_tokenizer(), eos_token_ids=[2]), 512)
+    part = Part("train", source, RowEncoder([source], tiny_tokenizer(), eos_token_ids=[2]), BuildOptions(512))
     monkeypatch.setattr(proofs, "_POOL_FROM_ROWS", 1)
-    one, two = (prove([part], limit=None, available=150, skip_bad=False, processes=n) for n in (1, 2))
+    one, two = (prove([part], limit=None, available=150, processes=n) for n in (1, 2))
     assert (one.processes, two.processes) == (1, 2)
     assert one.rows == two.rows == 150
     assert one.failed_rows == two.failed_rows == 3
@@ -271,31 +333,6 @@ def test_rows_of_token_ids_are_counted_apart(run, tmp_path: Path) -> None:
     assert code == 0
     assert "4 rows came as token ids; their mask is taken at its word" in out
     assert "All 4 rows can be trained on; 4 came as token ids, with a mask of their own." in out
-
-
-def test_the_cost_of_histories_is_counted_turn_by_turn(run, model: Path, tmp_path: Path) -> None:
-    three = chat("a?", "one", "b?", "two", "c?", "three", reasoning_content="so")
-    rows = [three, chat("a?", "b"), chat("x", "y", "z", "w")]
-    file = tmp_path / "template.jinja"
-    file.write_text(FORGETFUL)
-    tokenizer = tiny_tokenizer(FORGETFUL)
-
-    def tokens(messages: list[Any]) -> int:
-        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"])
-
-    several = [row["messages"] for row in rows if len(row["messages"]) > 2]
-    per_turn = sum(tokens(m[: i + 1]) for m in several for i in range(1, len(m), 2))
-    as_rendered = sum(map(tokens, several))
-    (source,) = resolve_sources(str(write(tmp_path / "a.jsonl", rows)))
-    part = Part("train", source, RowEncoder([source], tokenizer, eos_token_ids=[2]), None)
-    cost = history_cost([part])
-    assert cost is not None
-    assert (cost.conversations, cost.as_rendered, cost.per_turn) == (2, as_rendered, per_turn)
-    assert (cost.rewritten, cost.refused) == (2, 0)
-    _, out, _ = run(tmp_path / "a.jsonl", f"data.chat_template={file}")
-    assert f"data.history=as_rendered {as_rendered:,}, data.history=per_turn {per_turn:,} (" in out
-    plain = Part("train", source, RowEncoder([source], tiny_tokenizer(), eos_token_ids=[2]), None)
-    assert history_cost([plain]) is None
 
 
 def test_real_data_passes(run, real_data: Path) -> None:
@@ -333,12 +370,25 @@ def test_pieces_are_whole_characters_and_spell_the_sample() -> None:
     assert "🎉" in {piece.text for piece in shown.pieces}
     assert [piece.text for piece in shown.pieces if piece.special] == ["<|im_start|>", "<|im_end|>"]
     assert shown.trained_tokens == sum(len(p.ids) for p in shown.pieces if p.weight == 0.5) == 4
+    assert (shown.opening, shown.opening_tokens) == ((), 0)
     short = shown.shortened(6)
     assert (len(short.pieces), short.gap_at) == (6, 3)
     assert short.omitted == len(ids) - sum(len(p.ids) for p in short.pieces)
     cut = show_sample(sample, "here", lambda part: tokenizer.decode(part), special, most=8)
     assert cut.omitted == len(ids) - 8 and sum(len(p.ids) for p in cut.pieces) == 8
     assert f"… {cut.omitted} tokens …" in samples_text([cut], Style(colour=False))
+
+
+def test_a_sample_with_tools_opens_at_its_first_trained_token() -> None:
+    ids, weights = np.arange(1000, dtype=np.uint32), np.zeros(1000, np.float32)
+    weights[900:905] = 1
+    for most in (3000, 200):
+        shown = show_sample(Sample(ids, weights, 0), "here", lambda part: "x" * len(part), {}, most)
+        first = next(at for at, piece in enumerate(shown.pieces) if piece.weight > 0)
+        assert (first, shown.pieces[0].ids, shown.opening_tokens) == (40, (860,), 860)
+        assert [i for piece in shown.opening for i in piece.ids] == list(range(max(860 - most, 0), 860))
+    text = samples_text([shown.shortened(100)], Style(colour=False))
+    assert "… 860 tokens before …" in text and "⟦xxxxx⟧" in text
 
 
 def test_colours_only_where_there_is_a_terminal() -> None:
@@ -360,6 +410,6 @@ def test_counts_have_their_plural() -> None:
 
 
 def test_numbers_are_named_as_ranges() -> None:
-    assert ranges([5, 0, 1, 2, 9, 10]) == "rows 0-2, 5, 9-10"
+    assert ranges([5, 0, 1, 2, 9, 10], most=9) == "rows 0-2, 5, 9-10"
     assert ranges(range(0, 20, 2), most=3) == "rows 0, 2, 4 and 7 more, the last 18"
     assert table([["a", "bb"], ["ccc", "1"]]) == "  a    bb\n  ccc   1\n"

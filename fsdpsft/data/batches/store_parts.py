@@ -182,9 +182,9 @@ class Job:
             raise samples
         trained = [_is_trained(sample.loss_weights) for sample in samples]
         if not any(trained):
-            raise RowError(
-                f"{row.where}: no token of it is trained (no assistant message, an empty one, or all of them marked "
-                f"train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
+            raise row.error(
+                "no token of it is trained (no assistant message, an empty one, or all of them marked "
+                "train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
                 NO_TRAINED_TOKEN,
             )
         for sample, is_trained in zip(samples, trained, strict=True):
@@ -220,9 +220,9 @@ class Job:
 def _check_ids(row: Row, sample: Encoded, vocab_size: int) -> None:
     ids = sample.input_ids
     if len(ids) != len(sample.loss_weights):
-        raise RowError(f"{row.where}: {len(ids)} tokens, {len(sample.loss_weights)} loss weights", "unequal lengths")
+        raise row.error(f"{len(ids)} tokens, {len(sample.loss_weights)} loss weights", "unequal lengths")
     if (largest := int(ids.max())) >= vocab_size:
-        raise RowError(f"{row.where}: token id {largest}, but the tokenizer has only {vocab_size}", "unknown token id")
+        raise row.error(f"token id {largest}, but the tokenizer has only {vocab_size}", "unknown token id")
 
 
 def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[Any], NDArray[Any]] | None:
@@ -240,8 +240,8 @@ def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[
         return sample.input_ids[:limit], sample.loss_weights[:limit]
     if options.truncation == "drop":
         return None
-    raise RowError(
-        f"{row.where}: {length} tokens, more than data.max_length={limit}; raise data.max_length, or choose "
+    raise row.error(
+        f"{length} tokens, more than data.max_length={limit}; raise data.max_length, or choose "
         f"data.truncation=left, right or drop",
         TOO_LONG,
     )

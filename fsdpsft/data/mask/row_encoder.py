@@ -23,6 +23,7 @@ from fsdpsft.data.rows.conversation import (
     custom_conversation,
     format_of,
     load_custom_rows,
+    opening_hint,
     recognise,
     to_conversation,
 )
@@ -133,7 +134,7 @@ class RowEncoder:
             elif isinstance(item, Tokenized):
                 results.append([Encoded(item.input_ids, item.loss_weights)])
             else:
-                results.append(_named(row, next(encoded)))
+                results.append(_named(row, item, next(encoded)))
         return results
 
     def read(self, source: Source, row: Row) -> Conversation | Tokenized | RowError:
@@ -147,11 +148,11 @@ class RowEncoder:
             return error
 
 
-def _named(row: Row, result: list[Encoded] | DataError) -> list[Encoded] | RowError:
+def _named(row: Row, item: Conversation, result: list[Encoded] | DataError) -> list[Encoded] | RowError:
     """Put the row's name on an error of the template, which does not know it."""
     if not isinstance(result, DataError):
         return result
-    return RowError(str(result), _reason(result)).at(row.source, row.index, row.line)
+    return row.error(f"{result}{opening_hint(item)}", _reason(result))
 
 
 def _reason(error: DataError) -> str:

@@ -1,29 +1,33 @@
 """From a row to one checked conversation: what the chat template gets, and which of its messages are trained.
 
-Of each source, ``recognise`` tells the format once, from the first row; ``to_conversation`` then reads every row by it
-and checks it. What it lets through has something to train.
+``formats.recognise`` tells the format of a source once; ``to_conversation`` reads every row by it and checks it. What
+it lets through has something to train.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fsdpsft.data.rows.formats import (
-    READERS,
+    MEDIA_COLUMNS,
     SYSTEM_COLUMNS,
-    TRAIN_ON_TURNS,
     RowFormat,
-    Tokenized,
-    read_tokenized,
-    recognise_columns,
+    format_of,
+    prompt_and_response,
+    recognise,
+    refuse_other_training,
+    unused_columns,
 )
-from fsdpsft.data.rows.messages import Message, fault, parse_tools, text_of
-from fsdpsft.data.rows.sources import Row, Source
+from fsdpsft.data.rows.messages import Message, column, fault, listed, parse_json, parse_message, parse_tools, text_of
+from fsdpsft.data.rows.sources import Row
+from fsdpsft.data.rows.tokenized import Tokenized, read_tokenized
 from fsdpsft.errors import DataError, RowError
+
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 __all__ = [
     "Conversation",
@@ -34,8 +38,10 @@ __all__ = [
     "custom_conversation",
     "format_of",
     "load_custom_rows",
+    "opening_hint",
     "recognise",
     "to_conversation",
+    "unused_columns",
 ]
 
 
@@ -59,51 +65,14 @@ class Conversation:
     template_kwargs: dict[str, Any]
 
 
-class CustomRows(Protocol):
-    """What the class named by ``data.custom_cls`` must offer.
-
-    It is created without arguments, once in every process that prepares data, and must not depend on the order of
-    the rows. Example::
-
-        class MyRows:
-            def to_conversation(self, row):
-                return {"messages": [{"role": "user", "content": row["ask"]},
-                                     {"role": "assistant", "content": row["reply"], "weight": 0.5}]}
-    """
-
-    def to_conversation(self, row: dict[str, Any]) -> Mapping[str, Any] | Conversation | Tokenized:
-        """Turn a row's columns into a conversation.
-
-        Returns:
-            Columns of any known format (``{"messages": […], "tools": […]}``, ``{"prompt": …, "response": …}``,
-            ``{"input_ids": …, "loss_mask": …}``), which are checked like a row's, or a finished ``Conversation`` or
-            ``Tokenized``, taken as it is. Raise ``ValueError`` with a sentence for a row that cannot be used.
-        """
-        ...
-
-
-def format_of(source: Source, options: RowFormat) -> RowFormat:
-    """The options with what the source's entry in a ``dataset_info.json`` states put in."""
-    return replace(options, **source.row_format)
-
-
-def recognise(column_names: Sequence[str], first_row: Row, options: RowFormat) -> str:
-    """Name the format of a source.
-
-    Args:
-        column_names: the columns of ``first_row``.
-        first_row: the source's first row.
-        options: from ``format_of``.
-
-    Returns:
-        The adapter for ``to_conversation``: prompt_response, messages, sharegpt, alpaca or tokenized.
-
-    Raises:
-        DataError: an explicit column is missing, or the columns fit no format or several; names the columns there are.
-    """
-    if options.train_on_turns not in TRAIN_ON_TURNS:
-        raise DataError(f"data.train_on_turns={options.train_on_turns} is not one of {', '.join(TRAIN_ON_TURNS)}")
-    return recognise_columns(column_names, options, first_row.where)
+def opening_hint(conversation: Conversation) -> str:
+    """What to do about a conversation that a template refuses and that begins with the assistant; empty for others."""
+    roles = [message["role"] for message in conversation.messages]
+    first = next((index for index, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    if roles[first] != "assistant":
+        return ""
+    advice = "mark it train: false if it is context, or " if conversation.train[first] else ""
+    return f". The conversation begins with the assistant, and nothing prompts message {first}: {advice}leave it out"
 
 
 def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation | Tokenized:
@@ -118,17 +87,20 @@ def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation 
         RowError: the row cannot be used. The message names file, row, column, what was found and what to do.
     """
     try:
+        refuse_other_training(row.columns, options)
         if adapter == "tokenized":
-            return read_tokenized(row.columns, options)
+            return read_tokenized(row.columns)
         messages = READERS[adapter](row.columns, options)
         return _finish(_with_system(messages, row.columns, options), row.columns, options)
     except RowError as exc:
-        raise RowError(f"{row.where}, {exc}", exc.reason) from None
+        raise exc.at(row.source, row.index, row.line) from None
 
 
 def _finish(messages: list[Message], columns: Mapping[str, Any], options: RowFormat) -> Conversation:
     """Everything that holds for conversations of all formats."""
     train = _trained(messages, options.train_on_turns)
+    if not MEDIA_COLUMNS.isdisjoint(columns):
+        _refuse_placeholders(messages)
     return Conversation(
         messages=[message.entries for message in messages],
         tools=parse_tools(columns.get(options.tools_key), options.tools_key),
@@ -136,6 +108,15 @@ def _finish(messages: list[Message], columns: Mapping[str, Any], options: RowFor
         weights=tuple(message.weight for message in messages),
         template_kwargs=_template_kwargs(columns, options.enable_thinking_key),
     )
+
+
+def _refuse_placeholders(messages: list[Message]) -> None:
+    """In rows with a column of images, ``<image>`` stands for one; it would be trained as seven letters."""
+    for index, message in enumerate(messages):
+        for tag in _PLACEHOLDERS:
+            if tag in message.entries["content"]:
+                problem = f"{tag} stands for something that is not text, and nothing puts it there"
+                raise fault("not text alone", f"messages[{index}].content", problem, "leave such rows out")
 
 
 def _with_system(messages: list[Message], columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
@@ -158,7 +139,8 @@ def _trained(messages: list[Message], train_on_turns: str) -> tuple[bool, ...]:
     turns = [index for index, message in enumerate(messages) if message.entries["role"] == "assistant"]
     if not turns:
         roles = ", ".join(message.role for message in messages[:8])
-        raise fault("no assistant turn", "messages", f"no assistant message, only {roles}", "remove the row")
+        advice = "remove the row, or leave it out with data.on_bad_row=skip"
+        raise fault("no assistant turn", "messages", f"no assistant message, only {roles}", advice)
     chosen = {turns[-1]} if train_on_turns == "last" else set(turns)
     train = tuple(
         index in chosen and message.train is not False and message.weight > 0 for index, message in enumerate(messages)
@@ -178,8 +160,150 @@ def _template_kwargs(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, bool):
-        raise fault("wrong type", name, "expected true or false", "mend the row", value)
+        raise fault("wrong type", name, "expected true or false", "fix the row", value)
     return {"enable_thinking": value}
+
+
+def read_messages(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
+    """Messages of a ``messages`` or ``conversations`` column, in the form of OpenAI or ShareGPT.
+
+    Raises:
+        RowError: what is there is not a list of messages.
+    """
+    name = options.messages_column(columns)
+    return _message_list(column(columns, name), name, options)
+
+
+def _message_list(value: Any, name: str, options: RowFormat) -> list[Message]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, name, "bad messages", "a list of messages")
+    if not isinstance(value, list):
+        reason = "null value" if value is None else "wrong type"
+        raise fault(reason, name, "expected a list of messages", "fix the row", value)
+    if not value:
+        raise fault("empty conversation", name, "the list of messages is empty", "remove the row")
+    keys = options.message_keys
+    messages = [parse_message(raw, f"{name}[{index}]", keys) for index, raw in enumerate(value)]
+    styles = {message.style for message in messages}
+    if len(styles) > 1:
+        raise fault("mixed formats", name, "some messages have role, others from", "write all of them alike")
+    return messages
+
+
+def read_prompt_response(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
+    """A prompt and a response: text, or text inside dicts, or lists of messages. Only the response is trained.
+
+    Raises:
+        RowError: a column or key is missing, or holds neither text nor messages.
+    """
+    prompt_key, response_key = prompt_and_response(columns, options)
+    prompt, prompt_name = _follow(columns, prompt_key, options.prompt_dict_keys)
+    response, response_name = _follow(columns, response_key, options.response_dict_keys)
+    if isinstance(prompt, list):
+        before = [_untrained(message) for message in _message_list(prompt, prompt_name, options)]
+    else:
+        before = [_user(prompt, prompt_name)]
+    if isinstance(response, list):
+        replies = _message_list(response, response_name, options)
+        if replies[0].role in ("system", "user"):
+            problem = f"the response begins with a message of role {replies[0].role}, so it is a whole conversation"
+            advice = f"set data.multiturn.messages_key={response_name} and no data.prompt_key"
+            raise fault("mixed formats", response_name, problem, advice)
+        return before + replies
+    return [*before, _assistant(response, response_name)]
+
+
+def _untrained(message: Message) -> Message:
+    return Message(message.entries, message.style, False, message.weight)
+
+
+def _user(value: Any, name: str) -> Message:
+    text = text_of(value, name)
+    if not text.strip():
+        raise fault("empty prompt", name, "the prompt is empty", "remove the row", text)
+    return Message({"role": "user", "content": text})
+
+
+def _assistant(value: Any, name: str, train: bool | None = None) -> Message:
+    text = text_of(value, name)
+    if not text.strip():
+        raise fault("empty response", name, "the response is empty", "remove the row", text)
+    return Message({"role": "assistant", "content": text}, train=train)
+
+
+def _follow(columns: Mapping[str, Any], key: str, path: Sequence[str]) -> tuple[Any, str]:
+    """The value at ``columns[key][path[0]][path[1]]…`` and its name."""
+    value, name = column(columns, key), key
+    for step in path:
+        if not isinstance(value, dict):
+            raise fault("wrong type", name, f"expected an object with the key {step}", "see data.*_dict_keys", value)
+        if step not in value:
+            raise fault("missing column", name, f"has no key {step}; it has {listed(value)}", "see data.*_dict_keys")
+        value, name = value[step], f"{name}.{step}"
+    if isinstance(value, dict) and not {"role", "from"}.isdisjoint(value):
+        return [value], name  # one message
+    if isinstance(value, dict):
+        hint = f"name one of its keys ({listed(value)}) in data.prompt_dict_keys or data.response_dict_keys"
+        raise fault("wrong type", name, "holds an object, expected text", hint)
+    return value, name
+
+
+def read_alpaca(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
+    """Alpaca's instruction with optional input below it, output, and earlier turns in ``history``.
+
+    Raises:
+        RowError: a column is missing or is not text; a history that is not pairs of texts.
+    """
+    messages: list[Message] = []
+    history_key = options.history_key or "history"
+    for index, turn in enumerate(_history(columns.get(history_key), history_key)):
+        name = f"{history_key}[{index}]"
+        messages += [_user(turn[0], f"{name}[0]"), _assistant(turn[1], f"{name}[1]")]
+    prompt_key, response_key = options.prompt_key or "instruction", options.response_key or "output"
+    query_key = options.query_key or "input"
+    parts = [text_of(column(columns, prompt_key), prompt_key)]
+    if columns.get(query_key) is not None:
+        parts.append(text_of(columns[query_key], query_key))
+    prompt = "\n".join(part for part in parts if part.strip())
+    return [*messages, _user(prompt, prompt_key), _assistant(column(columns, response_key), response_key)]
+
+
+def _history(value: Any, name: str) -> list[Any]:
+    turns = [] if value is None else value
+    if not isinstance(turns, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        raise fault("wrong type", name, "expected a list of [question, answer] pairs", "fix the row", value)
+    return turns
+
+
+READERS = {
+    "prompt_response": read_prompt_response,
+    "messages": read_messages,
+    "sharegpt": read_messages,
+    "alpaca": read_alpaca,
+}
+
+
+class CustomRows(Protocol):
+    """What the class named by ``data.custom_cls`` must offer.
+
+    It is created without arguments, once in every process that prepares data, and must not depend on the order of
+    the rows. Example::
+
+        class MyRows:
+            def to_conversation(self, row):
+                return {"messages": [{"role": "user", "content": row["ask"]},
+                                     {"role": "assistant", "content": row["reply"], "weight": 0.5}]}
+    """
+
+    def to_conversation(self, row: dict[str, Any]) -> Mapping[str, Any] | Conversation | Tokenized:
+        """Turn a row's columns into a conversation.
+
+        Returns:
+            Columns of any known format (``{"messages": […], "tools": […]}``, ``{"prompt": …, "response": …}``,
+            ``{"input_ids": …, "loss_mask": …}``), which are checked like a row's, or a finished ``Conversation`` or
+            ``Tokenized``, taken as it is. Raise ``ValueError`` with a sentence for a row that cannot be used.
+        """
+        ...
 
 
 def load_custom_rows(path: str, name: str) -> CustomRows:
@@ -232,14 +356,14 @@ def custom_conversation(row: Row, custom: CustomRows, options: RowFormat) -> Con
     try:
         result = custom.to_conversation(row.columns)
     except Exception as exc:
-        message = f"{row.where}: {name}.to_conversation raised {type(exc).__name__}: {exc}"
-        raise RowError(message, f"{name} raised {type(exc).__name__}") from exc
+        text = f"{name}.to_conversation raised {type(exc).__name__}: {exc}"
+        raise row.error(text, f"{name} raised {type(exc).__name__}") from exc
     if isinstance(result, Conversation | Tokenized):
         return result
     if not isinstance(result, Mapping):
         wanted = "a dict with messages, a Conversation or a Tokenized"
         found = type(result).__name__
-        raise RowError(f"{row.where}: {name}.to_conversation must return {wanted}, found {found}", "wrong type")
+        raise row.error(f"{name}.to_conversation must return {wanted}, found {found}", "wrong type")
     made = Row(row.source, row.index, dict(result), row.line)
     known = RowFormat(train_on_turns=options.train_on_turns)
     return to_conversation(made, recognise(list(made.columns), made, known), known)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.errors import DataError
+from fsdpsft.errors import DataError, did_you_mean
 
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 # Entries that are there for other kinds of training, or that would change which rows are read.
@@ -29,6 +28,14 @@ _COLUMNS = {
     "messages": "messages_key",
     "system": "system_key",
     "tools": "tools_key",
+}
+_OTHER_COLUMNS = {
+    "chosen": "preference data; to train the chosen answers name that column response",
+    "rejected": "preference data; answers to reject are not trained on",
+    "kto_tag": "preference data; keep the rows whose answers are wanted, and leave the tag out",
+    "images": "only text is trained",
+    "videos": "only text is trained",
+    "audios": "only text is trained",
 }
 _TAG_KEYS = {"role_tag": "role_key", "content_tag": "content_key"}
 _TAG_ROLES = {
@@ -98,20 +105,25 @@ class DatasetInfo:
 def _refuse_unknown(found: dict[str, Any], known: set[str], where: str) -> None:
     for key in found:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            meant = f", did you mean {close[0]}" if close else ""
-            raise DataError(f"{where}: unknown key {key}{meant}; known are {', '.join(sorted(known))}")
+            hint = did_you_mean(key, known)
+            raise DataError(f"{where}: unknown key {key}{hint} (known are {', '.join(sorted(known))})")
 
 
 def _row_format(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    formatting = entry.get("formatting") or "alpaca"
+    formatting = str(entry.get("formatting") or "alpaca")
     if formatting not in _FORMATS:
         raise DataError(f"{where}: formatting={formatting!r} is not one of {', '.join(_FORMATS)}")
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if not isinstance(columns, dict) or not isinstance(tags, dict):
         raise DataError(f"{where}: columns and tags must be objects")
-    _refuse_unknown(columns, set(_COLUMNS), f"{where}, columns")
+    for key, advice in _OTHER_COLUMNS.items():
+        if columns.get(key):
+            raise DataError(f"{where}, columns: {key}={columns[key]!r} is not supported: {advice}")
+    _refuse_unknown(columns, set(_COLUMNS) | set(_OTHER_COLUMNS), f"{where}, columns")
     _refuse_unknown(tags, set(_TAG_KEYS) | set(_TAG_ROLES), f"{where}, tags")
+    for key, value in (columns | tags).items():
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: {key} must be text, found {value!r}")
     fields: dict[str, Any] = {"format": _FORMATS[formatting]}
     fields |= {_COLUMNS[key]: value for key, value in columns.items() if value}
     fields |= {_TAG_KEYS[key]: value for key, value in tags.items() if key in _TAG_KEYS and value}

@@ -83,17 +83,19 @@ def file_kind(path: str) -> str:
         with open_stream(path) as stream:
             head = stream.read(4096)
     if not head:
-        raise DataError(f"{path}: the file is empty ({size} bytes); a data file needs at least one row")
+        raise DataError(f"the file is empty ({size} bytes); a data file needs at least one row", file=path)
     if kind is None:
         known = ", ".join(SUFFIXES)
-        raise DataError(f"{path}: unknown kind of data file; rename it to one of {known} (JSON and CSV also .gz, .zst)")
+        raise DataError(
+            f"unknown kind of data file; rename it to one of {known} (JSON and CSV also .gz, .zst)", file=path
+        )
     found = next((held for magic, held in _MAGIC.items() if head.startswith(magic)), None)
     if found == "feather 1":
-        raise DataError(f"{path}: Feather version 1 is not read; write it again with pyarrow.feather (version 2)")
+        raise DataError("Feather version 1 is not read; write it again with pyarrow.feather (version 2)", file=path)
     wanted = kind if kind in ("parquet", "arrow") else None
     if found != wanted:
         said, held = (kind, found or "no such data") if wanted else (kind, f"{found} data")
-        raise DataError(f"{path}: the name says {said}, the file holds {held}; rename it or write it again")
+        raise DataError(f"the name says {said}, the file holds {held}; rename it or write it again", file=path)
     if kind == "json":
         first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         return "json" if first == b"[" else "jsonl"
@@ -109,7 +111,7 @@ def named_faults(path: str) -> Iterator[None]:
         raise
     except _READ_FAULTS as exc:
         first_line = next(iter(str(exc).splitlines()), "") or type(exc).__name__
-        raise DataError(f"{path}: cannot be read, the file may be cut off or damaged ({first_line[:200]})") from exc
+        raise DataError(f"cannot be read, the file may be cut off or damaged ({first_line[:200]})", file=path) from exc
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -121,7 +123,7 @@ def open_stream(path: str) -> BinaryIO:
         head = file.read(4)
     if head and not head.startswith(magic):
         suffix = Path(path).suffix
-        raise DataError(f"{path}: the name says {suffix}, but the file is not compressed that way; rename it")
+        raise DataError(f"the name says {suffix}, but the file is not compressed that way; rename it", file=path)
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(path, compression="detect")))
 
 
@@ -179,7 +181,7 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Index
         for row in readers[shard.kind](shard, count):
             yield row
     if row is None and not faults and shard.stop is None:
-        raise DataError(f"{shard.file}: the file has no rows; a data file needs at least one")
+        raise DataError("the file has no rows; a data file needs at least one", file=shard.file)
 
 
 def _read_json(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
@@ -200,25 +202,24 @@ def _read_csv(shard: Shard, on_error: RowFault) -> Iterator[IndexedRow]:
             rows = enumerate(_csv_rows(lines, shard.file, on_error))
             yield from ((index, columns) for index, columns in rows if columns is not None)
         except csv.Error as exc:
-            raise DataError(f"{shard.file}, line {lines.line_num}: broken CSV ({exc}); mend the quoting") from None
+            text = f"broken CSV in line {lines.line_num} ({exc}); fix the quoting"
+            raise DataError(text, file=shard.file) from None
         except UnicodeDecodeError as exc:
-            found = f"byte {exc.object[exc.start]:#04x}, which is not UTF-8"
-            where = f"{shard.file}, soon after line {lines.line_num}"
-            raise DataError(f"{where}: {found}; save the file as UTF-8") from None
+            text = f"byte {exc.object[exc.start]:#04x} soon after line {lines.line_num} is not UTF-8"
+            raise DataError(f"{text}; save the file as UTF-8", file=shard.file) from None
 
 
 def _csv_rows(lines: Any, path: str, on_error: RowFault) -> Iterator[dict[str, Any] | None]:
     """The rows below the header; one with another number of cells goes to ``on_error`` and comes as None."""
     header: list[str] = next(lines, [])
     if not header or len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{path}: the first line must name each column once, found {header}")
+        raise DataError(f"the first line must name each column once, found {header}", file=path)
     for index, cells in enumerate(cells for cells in lines if cells):
         if len(cells) == len(header):
             yield dict(zip(header, cells, strict=True))
             continue
-        found = f"{len(cells)} cells where the header has {len(header)}"
-        where = f"{path}, row {index} (line {lines.line_num})"
-        on_error(RowError(f"{where}: {found}; quote cells that hold commas", "wrong number of cells"))
+        text = f"{len(cells)} cells where the header has {len(header)}; quote cells that hold commas"
+        on_error(RowError(text, "wrong number of cells", file=path, row=index, line=lines.line_num))
         yield None
 
 
@@ -245,8 +246,8 @@ def _python_rows(batch: pa.RecordBatch, path: str, first: int, on_error: RowFaul
             (row,) = batch.slice(index, 1).to_pylist()
         except _VALUE_FAULTS as exc:
             reason = "invalid UTF-8" if isinstance(exc, UnicodeDecodeError) else "unreadable value"
-            where = f"{path}, row {first + index}"
-            on_error(RowError(f"{where}: a value cannot be read ({str(exc)[:200]}); write the row again", reason))
+            text = f"a value cannot be read ({str(exc)[:200]}); write the row again"
+            on_error(RowError(text, reason, file=path, row=first + index))
             row = None
         yield row
 
@@ -256,7 +257,7 @@ _Tidy = Callable[[Any], Any]
 
 def _tidiers(schema: pa.Schema, path: str) -> dict[str, _Tidy]:
     if len(set(schema.names)) < len(schema.names):
-        raise DataError(f"{path}: two columns have the same name, found {', '.join(schema.names)}; rename one")
+        raise DataError(f"two columns have the same name, found {', '.join(schema.names)}; rename one", file=path)
     functions = {field.name: _tidier(field.type) for field in schema}
     return {name: function for name, function in functions.items() if function is not None}
 

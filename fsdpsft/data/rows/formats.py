@@ -1,19 +1,15 @@
-"""The shapes in which data sets hold conversations, how each is recognised, and how its columns become messages.
-
-A format's reader takes a row's columns and gives messages with a default for training them; what holds for all
-formats (tools, system columns, which turns are trained, is there anything to train) is in ``conversation.py``.
-"""
+"""Which columns of a data set hold what: what the user says, and what is recognised from the columns of a first row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from fsdpsft.data.rows.messages import Message, MessageKeys, fault, listed, parse_message, text_of
+from fsdpsft.data.rows.messages import MessageKeys, fault, listed
+from fsdpsft.data.rows.sources import Row, Source, first_row
 from fsdpsft.errors import DataError, RowError
 
 FORMATS = ("auto", "prompt_response", "messages", "sharegpt", "alpaca", "tokenized")
@@ -26,9 +22,18 @@ PAIRS = (
     ("query", "response"),
     ("input", "output"),
 )
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+PREFERENCE_COLUMNS = frozenset({"chosen", "rejected"})
+_VERDICT_COLUMNS = frozenset({"label", "kto_tag"})
+_OTHER_TRAINING = MEDIA_COLUMNS | PREFERENCE_COLUMNS | _VERDICT_COLUMNS
+_COLUMN_KEYS = (
+    "prompt_key", "response_key", "query_key", "history_key", "system_key", "messages_key", "tools_key",
+    "enable_thinking_key",
+)  # fmt: skip
+_ALPACA_COLUMNS = ("instruction", "input", "output", "history")
+_TOKEN_COLUMNS = ("input_ids", "loss_mask", "labels", "attention_mask")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-_IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -75,47 +80,65 @@ class RowFormat:
         """What ``parse_message`` needs of this."""
         return MessageKeys(self.role_key, self.content_key, self.role_names)
 
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The columns that the user names."""
+        return frozenset(name for key in _COLUMN_KEYS if (name := getattr(self, key)) is not None)
+
+    def messages_column(self, columns: Collection[str]) -> str:
+        """Which of ``columns`` holds the list of messages."""
+        if self.messages_key != _DEFAULTS.messages_key:
+            return self.messages_key
+        return next((name for name in MESSAGE_COLUMNS if name in columns), self.messages_key)
+
+    @cached_property
+    def is_recognised(self) -> bool:
+        """Nothing says which columns are trained, so that they are told by their names."""
+        named = self.prompt_key or self.response_key or self.messages_key != _DEFAULTS.messages_key
+        return self.format == "auto" and not named
+
 
 _DEFAULTS = RowFormat()
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """A row that is tokens already.
-
-    Attributes:
-        input_ids: [L] uint32.
-        loss_weights: [L] float32, aligned with ``input_ids``, 0 where not trained; position 0 never is, nothing
-            predicts it.
-    """
-
-    input_ids: np.ndarray
-    loss_weights: np.ndarray
+def format_of(source: Source, options: RowFormat) -> RowFormat:
+    """The options with what the source's entry in a ``dataset_info.json`` states put in."""
+    return replace(options, **source.row_format)
 
 
-def recognise_columns(columns: Sequence[str], options: RowFormat, where: str) -> str:
-    """Name the format of rows with these columns.
+def recognise(column_names: Sequence[str], first_row: Row, options: RowFormat) -> str:
+    """Name the format of a source.
 
     Args:
-        columns: the columns there are.
-        options: what the user says; explicit keys go before everything that could be recognised.
-        where: the place of the row, for messages.
+        column_names: the columns of ``first_row``.
+        first_row: the source's first row.
+        options: from ``format_of``.
 
     Returns:
-        One of ``FORMATS`` without auto.
+        The adapter for ``to_conversation``: prompt_response, messages, sharegpt, alpaca or tokenized.
 
     Raises:
-        DataError: an explicit column is missing, or the columns fit no format, or more than one.
+        DataError: an explicit column is missing, or the columns fit no format or several; names the columns there are.
     """
-    for key in ("prompt_key", "response_key", "query_key", "history_key", "system_key"):
-        _need(getattr(options, key), f"data.{key}", columns, where)
-    for key in ("messages_key", "tools_key", "enable_thinking_key"):
+    if options.train_on_turns not in TRAIN_ON_TURNS:
+        raise DataError(f"data.train_on_turns={options.train_on_turns} is not one of {', '.join(TRAIN_ON_TURNS)}")
+    try:
+        return _recognise(column_names, options)
+    except DataError as exc:
+        raise exc.at(first_row.source, first_row.index, first_row.line) from None
+
+
+def _recognise(columns: Sequence[str], options: RowFormat) -> str:
+    """Explicit keys go before everything that could be recognised."""
+    for key in _COLUMN_KEYS:
         name = getattr(options, key)
-        _need(None if name == getattr(_DEFAULTS, key) else name, f"data.{key}", columns, where)
+        if name not in (getattr(_DEFAULTS, key), *columns):
+            raise RowError(f"no column {name} (data.{key}); the columns are {listed(columns)}", "missing column")
     if options.format != "auto":
         if options.format not in FORMATS:
             raise DataError(f"data.format={options.format} is not known; use one of {', '.join(FORMATS)}")
         return options.format
+    _refuse_preference(columns, options)
     fits = _fits(columns, options)
     if len(fits) == 1:
         return fits[0][0]
@@ -123,9 +146,9 @@ def recognise_columns(columns: Sequence[str], options: RowFormat, where: str) ->
     if fits:
         several = " and ".join(f"{name} ({', '.join(keys)})" for name, keys in fits)
         advice = "set data.format, or data.prompt_key and data.response_key"
-        raise DataError(f"{where}: the columns fit {several}; {advice}")
+        raise DataError(f"the columns fit {several}; {advice}")
     raise DataError(
-        f"{where}: no known format has the columns {there}; set data.prompt_key and data.response_key, or "
+        f"no known format has the columns {there}; set data.prompt_key and data.response_key, or "
         "data.multiturn.messages_key, or bring the data into one of: messages; prompt and response; question and "
         "answer; instruction, input and output; input_ids and labels or loss_mask"
     )
@@ -136,100 +159,60 @@ def _fits(columns: Sequence[str], options: RowFormat) -> list[tuple[str, tuple[s
     there = set(columns)
     if options.prompt_key or options.response_key:
         return [("alpaca" if options.query_key or options.history_key else "prompt_response", ())]
-    if options.messages_key != _DEFAULTS.messages_key:
-        return [("messages", (options.messages_key,))]
-    if "input_ids" in there:
+    messages = options.messages_column(columns)
+    if "input_ids" in there and options.messages_key == _DEFAULTS.messages_key:
         return [("tokenized", ("input_ids",))]
-    for name in MESSAGE_COLUMNS:
-        if name in there:
-            return [("messages", (name,))]
+    if messages in there:
+        return [("messages", (messages,))]
     pairs: list[tuple[str, tuple[str, ...]]] = [("prompt_response", pair) for pair in PAIRS if there.issuperset(pair)]
     if there.issuperset(("instruction", "output")):
         return [("alpaca", ("instruction", "output")), *(fit for fit in pairs if fit[1] != ("input", "output"))]
     return pairs
 
 
-def _need(name: str | None, key: str, columns: Sequence[str], where: str) -> None:
-    if name is not None and name not in columns:
-        raise RowError(f"{where}: no column {name} ({key}); the columns are {listed(columns)}", "missing column")
+def _refuse_preference(columns: Collection[str], options: RowFormat) -> None:
+    if options.is_recognised and not PREFERENCE_COLUMNS.isdisjoint(columns):
+        name = "chosen" if "chosen" in columns else "rejected"
+        problem = "this is preference data, answers to compare, and fine-tuning takes one answer"
+        advice = (
+            "to train the chosen answers set data.prompt_key=PROMPT data.response_key=chosen, or "
+            "data.multiturn.messages_key=chosen where it holds whole conversations; to train other columns and pass "
+            "over these set data.format"
+        )
+        raise fault("preference data", name, f"{problem} (the columns are {listed(columns)})", advice)
 
 
-def column(columns: Mapping[str, Any], name: str) -> Any:
-    """A column that must be there.
-
-    Raises:
-        RowError: it is not; the message lists the columns there are.
-    """
-    if name not in columns:
-        problem = f"there is none; the columns are {listed(columns)}"
-        raise fault("missing column", name, problem, "name another or mend the row")
-    return columns[name]
-
-
-def read_messages(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """Messages of a ``messages`` or ``conversations`` column, in OpenAI's or ShareGPT's manner.
+def refuse_other_training(columns: Mapping[str, Any], options: RowFormat) -> None:
+    """Refuse a row whose further columns say that its text is not all there is, or not what the model should learn.
 
     Raises:
-        RowError: what is there is not a list of messages.
+        RowError: the row holds images, sounds or answers to compare, or its answer is marked as unwanted.
     """
-    name = options.messages_key
-    if name == _DEFAULTS.messages_key and name not in columns:
-        name = next((known for known in MESSAGE_COLUMNS if known in columns), name)
-    return _message_list(column(columns, name), name, options)
+    for name in sorted(_OTHER_TRAINING.intersection(columns).difference(options.named)):
+        value = columns[name]
+        if name in PREFERENCE_COLUMNS:
+            _refuse_preference(columns, options)
+        elif name in MEDIA_COLUMNS and not _is_empty(value):
+            advice = "leave such rows out with data.on_bad_row=skip, or remove the column where the text does without"
+            raise fault("not text alone", name, "the row holds more than text, and only text is trained", advice)
+        elif name in _VERDICT_COLUMNS and (value is False or (isinstance(value, str) and value.lower() == "false")):
+            advice = (
+                "leave such rows out with data.on_bad_row=skip and a data.max_bad_share for them, or remove the column "
+                "if it means something else"
+            )
+            raise fault("unwanted answer", name, "it marks the answer as one the model must not give", advice, value)
 
 
-def _message_list(value: Any, name: str, options: RowFormat) -> list[Message]:
-    if not isinstance(value, list):
-        reason = "null value" if value is None else "wrong type"
-        raise fault(reason, name, "expected a list of messages", "mend the row", value)
-    if not value:
-        raise fault("empty conversation", name, "the list of messages is empty", "remove the row")
-    keys = options.message_keys
-    messages = [parse_message(raw, f"{name}[{index}]", keys) for index, raw in enumerate(value)]
-    styles = {message.style for message in messages}
-    if len(styles) > 1:
-        raise fault("mixed formats", name, "some messages have role, others from", "write all in one manner")
-    return messages
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def read_prompt_response(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """A prompt and a response: text, or text inside dicts, or lists of messages. Only the response is trained.
+def prompt_and_response(columns: Collection[str], options: RowFormat) -> tuple[str, str]:
+    """The prompt's and the response's column: as the user says, completed by the well-known pairs.
 
     Raises:
-        RowError: a column or key is missing, or holds neither text nor messages.
+        RowError: they cannot be told.
     """
-    prompt_key, response_key = _pair(columns, options)
-    prompt, prompt_name = _follow(columns, prompt_key, options.prompt_dict_keys)
-    response, response_name = _follow(columns, response_key, options.response_dict_keys)
-    if isinstance(prompt, list):
-        before = [_untrained(message) for message in _message_list(prompt, prompt_name, options)]
-    else:
-        before = [_user(prompt, prompt_name)]
-    if isinstance(response, list):
-        return before + _message_list(response, response_name, options)
-    return [*before, _assistant(response, response_name)]
-
-
-def _untrained(message: Message) -> Message:
-    return Message(message.entries, message.style, False, message.weight)
-
-
-def _user(value: Any, name: str) -> Message:
-    text = text_of(value, name)
-    if not text.strip():
-        raise fault("empty prompt", name, "the prompt is empty", "remove the row", text)
-    return Message({"role": "user", "content": text})
-
-
-def _assistant(value: Any, name: str, train: bool | None = None) -> Message:
-    text = text_of(value, name)
-    if not text.strip():
-        raise fault("empty response", name, "the response is empty", "remove the row", text)
-    return Message({"role": "assistant", "content": text}, train=train)
-
-
-def _pair(columns: Mapping[str, Any], options: RowFormat) -> tuple[str, str]:
-    """The prompt's and the response's column: as the user says, completed by the well-known pairs."""
     prompt, response = options.prompt_key, options.response_key
     if prompt is not None and response is not None:
         return prompt, response
@@ -242,119 +225,26 @@ def _pair(columns: Mapping[str, Any], options: RowFormat) -> tuple[str, str]:
     return pairs[0]
 
 
-def _follow(columns: Mapping[str, Any], key: str, path: Sequence[str]) -> tuple[Any, str]:
-    """The value at ``columns[key][path[0]][path[1]]…`` and its name."""
-    value, name = column(columns, key), key
-    for step in path:
-        if not isinstance(value, dict):
-            raise fault("wrong type", name, f"expected an object with the key {step}", "see data.*_dict_keys", value)
-        if step not in value:
-            raise fault("missing column", name, f"has no key {step}; it has {listed(value)}", "see data.*_dict_keys")
-        value, name = value[step], f"{name}.{step}"
-    if isinstance(value, dict):
-        hint = f"name one of its keys ({listed(value)}) in data.prompt_dict_keys or data.response_dict_keys"
-        raise fault("wrong type", name, "holds an object, expected text", hint)
-    return value, name
+def unused_columns(source: Source, adapter: str, options: RowFormat) -> list[str]:
+    """Columns of the source's first row that nothing reads.
 
-
-def read_alpaca(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """Alpaca's instruction with optional input below it, output, and earlier turns in ``history``.
-
-    Raises:
-        RowError: a column is missing or is not text; a history that is not pairs of texts.
+    Args:
+        source: from ``resolve_sources``.
+        adapter: from ``recognise``, or "custom", which may read any.
+        options: from ``format_of``.
     """
-    messages: list[Message] = []
-    history_key = options.history_key or "history"
-    for index, turn in enumerate(_history(columns.get(history_key), history_key)):
-        name = f"{history_key}[{index}]"
-        messages += [_user(turn[0], f"{name}[0]"), _assistant(turn[1], f"{name}[1]")]
-    prompt_key, response_key = options.prompt_key or "instruction", options.response_key or "output"
-    query_key = options.query_key or "input"
-    parts = [text_of(column(columns, prompt_key), prompt_key)]
-    if columns.get(query_key) is not None:
-        parts.append(text_of(columns[query_key], query_key))
-    prompt = "\n".join(part for part in parts if part.strip())
-    return [*messages, _user(prompt, prompt_key), _assistant(column(columns, response_key), response_key)]
-
-
-def _history(value: Any, name: str) -> list[Any]:
-    turns = [] if value is None else value
-    if not isinstance(turns, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
-        raise fault("wrong type", name, "expected a list of [question, answer] pairs", "mend the row", value)
-    return turns
-
-
-def read_tokenized(columns: Mapping[str, Any], _: RowFormat) -> Tokenized:
-    """``input_ids`` with ``loss_mask`` (0, 1 or weights) or ``labels`` (the id at the same place, or -100).
-
-    Raises:
-        RowError: types or lengths do not fit, padding is left in, or no token is trained.
-    """
-    ids = _numbers(column(columns, "input_ids"), "input_ids", np.int64)
-    if not len(ids) or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise fault("bad tokens", "input_ids", "expected token ids of 0 or more", "mend the row", columns["input_ids"])
-    attention = columns.get("attention_mask")
-    if attention is not None and not _numbers(attention, "attention_mask", np.int64).all():
-        raise fault("bad tokens", "attention_mask", "the row is padded", "remove the padding tokens from every column")
-    masks = [
-        (name, read(columns[name], ids))
-        for name, read in (("loss_mask", _from_mask), ("labels", _from_labels))
-        if columns.get(name) is not None
-    ]
-    if not masks:
-        problem = f"tokenised rows need loss_mask or labels; the columns are {listed(columns)}"
-        raise fault("missing column", "loss_mask", problem, "add one of them")
-    for name, weights in masks:
-        if len(weights) != len(ids):
-            problem = f"{len(weights)} entries for {len(ids)} input_ids"
-            raise fault("bad tokens", name, problem, "give one entry per token")
-    if len(masks) == 2 and not np.array_equal(masks[0][1][1:] > 0, masks[1][1][1:] > 0):
-        raise fault("mixed formats", "loss_mask", "it trains other tokens than labels", "keep one of the two")
-    weights = masks[0][1]
-    weights[0] = 0
-    if not weights.any():
-        raise fault("nothing trained", masks[0][0], "no token after the first is trained", "remove the row")
-    return Tokenized(ids.astype(np.uint32), weights)
-
-
-def _numbers(value: Any, name: str, kind: type[np.generic]) -> np.ndarray:
-    """A flat array of numbers; integers stay integers."""
-    fits = isinstance(value, list | np.ndarray)
-    try:
-        array = np.asarray(value) if fits else np.zeros(())
-    except (ValueError, OverflowError):  # rows of different lengths, or a number beyond any integer type
-        array = np.zeros(())
-    if array.size == 0 and array.ndim == 1:
-        array = array.astype(kind)
-    wanted = "iu" if issubclass(kind, np.integer) else "biuf"
-    if array.ndim != 1 or array.dtype.kind not in wanted:
-        raise fault("bad tokens", name, "expected a flat list of numbers", "mend the row", value)
-    return array.astype(kind)
-
-
-def _from_mask(value: Any, _: np.ndarray) -> np.ndarray:
-    weights = _numbers(value, "loss_mask", np.float64)
-    if not np.isfinite(weights).all() or ((weights != 0) & ((weights < 1e-6) | (weights > 1e6))).any():
-        raise fault("bad weight", "loss_mask", "expected 0, 1, or weights from 1e-6 to 1e6", "mend the row", value)
-    return weights.astype(np.float32)
-
-
-def _from_labels(value: Any, ids: np.ndarray) -> np.ndarray:
-    labels = _numbers(value, "labels", np.int64)
-    trained = labels != _IGNORED_LABEL
-    if len(labels) == len(ids) and not (labels[trained] == ids[trained]).all():
-        position = int(np.flatnonzero(trained & (labels != ids))[0])
-        shifted = trained[:-1] & (labels[:-1] != ids[1:])
-        hint = "they look shifted by one already; " if not shifted.any() else ""
-        problem = f"{hint}position {position} has {labels[position]}, expected the input id {ids[position]} or -100"
-        raise fault("bad tokens", "labels", problem, "labels stand at the token they name, unshifted")
-    weights: np.ndarray = trained.astype(np.float32)
-    return weights
-
-
-READERS = {
-    "prompt_response": read_prompt_response,
-    "messages": read_messages,
-    "sharegpt": read_messages,
-    "alpaca": read_alpaca,
-}
+    if adapter == "custom":
+        return []
+    columns = list(first_row(source).columns)
+    used = {*options.named, *(SYSTEM_COLUMNS if options.system_key is None else ())}
+    if adapter == "tokenized":
+        used.update(_TOKEN_COLUMNS)
+    elif adapter == "alpaca":
+        keys = (options.prompt_key, options.query_key, options.response_key, options.history_key)
+        used.update(key or name for key, name in zip(keys, _ALPACA_COLUMNS, strict=True))
+    elif adapter == "prompt_response":
+        with suppress(RowError):  # the row is named where it is read
+            used.update(prompt_and_response(columns, options))
+    else:
+        used.add(options.messages_column(columns))
+    return [name for name in columns if name not in used]

@@ -29,7 +29,7 @@ def fetch_hub_rows(name: str, split: str) -> list[str]:
         The Arrow files it is cached in.
 
     Raises:
-        DataError: ``datasets`` is not installed, or the data set cannot be had.
+        DataError: ``datasets`` is not installed, or the data set cannot be fetched.
     """
     try:
         from datasets import load_dataset
@@ -42,7 +42,7 @@ def fetch_hub_rows(name: str, split: str) -> list[str]:
         data = load_dataset(owner_name, config or None, split=named_split or split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as exc:
         message = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise DataError(f"{name}: no such path, and not to be had from the Hub ({message}). {_OFFLINE}") from exc
+        raise DataError(f"{name}: no such path, nor on the Hub ({message}). {_OFFLINE}") from exc
     cached = [str(entry["filename"]) for entry in data.cache_files]
     if not cached:
         raise DataError(f"{name}: the data set is empty or not kept in files; save it as Parquet and name the file")
@@ -56,7 +56,7 @@ def fetch_hub_path(url: str) -> str:
         The local path or glob.
 
     Raises:
-        DataError: the address is malformed, or the files cannot be had.
+        DataError: the address is malformed, or the files cannot be fetched.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -75,5 +75,5 @@ def fetch_hub_path(url: str) -> str:
         )
     except (OSError, ValueError, HfHubHTTPError) as exc:
         message = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise DataError(f"{url}: not to be had from the Hub ({message}). {_OFFLINE}") from exc
+        raise DataError(f"{url}: could not be fetched from the Hub ({message}). {_OFFLINE}") from exc
     return str(Path(folder) / parts[2])

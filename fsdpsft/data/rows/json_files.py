@@ -25,40 +25,31 @@ IndexedRow = tuple[int, dict[str, Any]]
 
 
 def raise_fault(fault: RowError) -> None:
-    """What is done with a bad row where nobody else wants it."""
+    """What is done with a bad row where no one else handles it."""
     raise fault
 
 
-def _guarded(read: Callable[[Any, str], dict[str, Any]], raw: Any, where: str, on_error: RowFault) -> Any:
-    """``read(raw, where)``, or None after telling ``on_error`` what is wrong."""
-    try:
-        return read(raw, where)
-    except RowError as fault:
-        on_error(fault)
-        return None
-
-
-def _columns(value: Any, where: str) -> dict[str, Any]:
+def _columns(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     hint = "; a JSON array of rows belongs into a file named .json" if isinstance(value, list) else ""
-    raise RowError(f"{where}: a row must be a JSON object, found {type(value).__name__}{hint}", "row is not an object")
+    raise RowError(f"a row must be a JSON object, found {type(value).__name__}{hint}", "row is not an object")
 
 
-def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
+def _parse_line(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as exc:
         found = f"byte {exc.start} of the line is {raw[exc.start]:#04x}, which is not UTF-8"
-        raise RowError(f"{where}: {found}; save the file as UTF-8", "invalid UTF-8") from None
+        raise RowError(f"{found}; save the file as UTF-8", "invalid UTF-8") from None
     except json.JSONDecodeError as exc:
         found = f"broken JSON at character {exc.pos} of the line ({exc.msg})"
-        raise RowError(f"{where}: {found}; write one JSON object per line", "broken JSON") from None
+        raise RowError(f"{found}; write one JSON object per line", "broken JSON") from None
     except RecursionError:
-        raise RowError(f"{where}: JSON nested too deeply to be read", "nested too deeply") from None
+        raise RowError("JSON nested too deeply to be read; flatten the row", "nested too deeply") from None
     except ValueError as exc:  # an integer of thousands of digits
-        raise RowError(f"{where}: broken JSON ({exc})", "broken JSON") from None
-    return _columns(value, where)
+        raise RowError(f"broken JSON ({exc}); fix the row", "broken JSON") from None
+    return _columns(value)
 
 
 def read_lines(
@@ -84,9 +75,11 @@ def read_lines(
         done += len(raw)
         text = raw.removeprefix(_BOM) if number == 0 else raw
         blank = not text or text.isspace()
-        columns = None if blank else _guarded(_parse_line, text, f"{path}, row {number} (line {number + 1})", on_error)
-        if columns is not None:
-            yield number, columns
+        try:
+            if not blank:
+                yield number, _parse_line(text)
+        except RowError as fault:
+            on_error(fault.at(path, number, number + 1))
         if size is not None and done >= size:
             return
 
@@ -130,7 +123,8 @@ class _Window:
         except UnicodeDecodeError as exc:
             found = f"{exc.object[exc.start]:#04x}, which is not UTF-8"
             byte = self._bytes + exc.start
-            raise DataError(f"{self._path}: byte {byte} or shortly after is {found}; save the file as UTF-8") from None
+            text = f"byte {byte} or shortly after is {found}; save the file as UTF-8"
+            raise DataError(text, file=self._path) from None
         self._text = self._text[self._at :] + more
         self._dropped, self._at = self._dropped + self._at, 0
         self._bytes += len(block)
@@ -153,7 +147,7 @@ class _Window:
         """Step over the character that ``peek`` gave."""
         self._at += 1
 
-    def value(self, where: str) -> Any:
+    def value(self, row: int) -> Any:
         """Parse the value that starts here."""
         while True:
             try:
@@ -162,12 +156,13 @@ class _Window:
                 cut_off = exc.pos >= len(self._text) - _LONGEST_TOKEN or exc.msg.startswith("Unterminated string")
                 if self._ended or not cut_off:
                     found = f"broken JSON {exc.pos - self._at} characters into the row ({exc.msg})"
-                    hint = "the file seems to be cut off" if self._ended and cut_off else "mend the file"
-                    raise DataError(f"{where}: {found}; {hint}") from None
+                    hint = "the file seems to be cut off" if self._ended and cut_off else "fix the file"
+                    raise DataError(f"{found}; {hint}", file=self._path, row=row) from None
             except RecursionError:
-                raise DataError(f"{where}: JSON nested too deeply to be read") from None
+                problem = "JSON nested too deeply to be read; flatten the row"
+                raise DataError(problem, file=self._path, row=row) from None
             except ValueError as exc:  # an integer of thousands of digits
-                raise DataError(f"{where}: broken JSON ({exc})") from None
+                raise DataError(f"broken JSON ({exc}); fix the row", file=self._path, row=row) from None
             else:
                 if end < len(self._text) or self._ended:
                     self._at = end
@@ -179,24 +174,25 @@ def _elements(window: _Window, path: str, first_row: int, whole: bool) -> Iterat
     """(row number, value, characters parsed before it) for the elements of an array, or of a range inside one."""
     if whole:
         if window.peek() != "[":
-            raise DataError(f"{path}: expected a JSON array of rows, found {window.peek()!r} at its start")
+            raise DataError(f"expected a JSON array of rows, found {window.peek()!r} at its start", file=path)
         window.skip()
     row = first_row
     while window.peek() not in ("]", ""):
         start = window.offset
-        yield row, window.value(f"{path}, row {row}"), start
+        yield row, window.value(row), start
         row += 1
         if window.peek() == ",":
             window.skip()
         elif window.peek() not in ("]", ""):
-            raise DataError(f"{path}, after row {row - 1}: expected ',' or ']', found {window.peek()!r}")
+            raise DataError(f"expected ',' or ']' after row {row - 1}, found {window.peek()!r}", file=path)
     if not whole:
         return
     if window.peek() == "":
-        raise DataError(f"{path}: the JSON array is not closed after row {row - 1}; the file seems to be cut off")
+        problem = f"the JSON array is not closed after row {row - 1}; the file seems to be cut off"
+        raise DataError(problem, file=path)
     window.skip()
     if window.peek():
-        raise DataError(f"{path}: found {window.peek()!r} after the end of the JSON array; mend the file")
+        raise DataError(f"found {window.peek()!r} after the end of the JSON array; fix the file", file=path)
 
 
 def read_array(
@@ -221,9 +217,10 @@ def read_array(
     """
     window = _Window(stream, path, size, "utf-8")
     for row, value, _ in _elements(window, path, first_row, whole=size is None):
-        columns = _guarded(_columns, value, f"{path}, row {row}", on_error)
-        if columns is not None:
-            yield row, columns
+        try:
+            yield row, _columns(value)
+        except RowError as fault:
+            on_error(fault.at(path, row))
 
 
 def cut_array(stream: BinaryIO, path: str, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:

@@ -6,7 +6,6 @@ it, what was found and what to do; ``conversation.to_conversation`` puts the fil
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fsdpsft.errors import RowError
+from fsdpsft.errors import RowError, did_you_mean
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -35,6 +34,8 @@ ROLES: Mapping[str, str] = {
     "tool_call": "function_call",
 }
 _TEXT_PARTS = {"text", "input_text", "output_text"}
+_PART_KEYS = ("text", "value", "content")
+_MEDIA_PARTS = ("image", "video", "audio", "input_image", "input_audio", "file")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CONTROL = {"train", "weight", "loss_weight", "tool_calls", "function_call", *_REASONING}
 _MAX_DEPTH = 64
@@ -74,7 +75,7 @@ class Message(NamedTuple):
     Attributes:
         entries: what the template gets: role, content (text), and where given reasoning_content, tool_calls (objects
             with arguments as dicts), tool_call_id, name and whatever else the data has.
-        style: "role" or "from", the manner in which the data wrote it.
+        style: "role" or "from", as the data wrote it.
         train: what the data says about training this message; None: nothing.
         weight: loss weight of its tokens, 0 or more.
     """
@@ -113,6 +114,18 @@ def fault(reason: str, column: str, problem: str, advice: str, *found: Any) -> R
     return RowError(f"column {column}: {problem}{quoted}; {advice}", reason)
 
 
+def column(columns: Mapping[str, Any], name: str) -> Any:
+    """A column that must be there.
+
+    Raises:
+        RowError: it is not; the message lists the columns there are.
+    """
+    if name not in columns:
+        problem = f"there is none; the columns are {listed(columns)}"
+        raise fault("missing column", name, problem, "name another or fix the row")
+    return columns[name]
+
+
 def text_of(value: Any, column: str) -> str:
     """``value``, checked to be a string that can be written as UTF-8.
 
@@ -132,7 +145,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) -> Any:
-    """A copy of nested data, checked to be what JSON can hold and not nested beyond reason.
+    """A copy of nested data, checked to be what JSON can hold and not nested too deeply.
 
     Args:
         value: the data.
@@ -158,7 +171,7 @@ def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) 
             if item is not None or not drop:
                 copy[text_of(key, column)] = plain(item, column, drop_nulls=drop, depth=depth + 1)
         return copy
-    problem = f"a {type(value).__name__} has no place in a message"
+    problem = f"a {type(value).__name__} cannot be part of a message"
     raise fault("wrong type", column, problem, "use text, numbers, lists and objects", value)
 
 
@@ -178,14 +191,14 @@ def parse_json(text: str, column: str, reason: str, wanted: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
         problem = f"expected {wanted}, but the text is not JSON ({str(exc)[:80]})"
-        raise fault(reason, column, problem, "mend the JSON", text) from None
+        raise fault(reason, column, problem, "fix the JSON", text) from None
 
 
 def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     """Bring one message into the form templates take.
 
     Args:
-        raw: a dict with a role and content, in OpenAI's or ShareGPT's manner. Keys whose value is null count as absent.
+        raw: a dict with a role and content, as OpenAI or ShareGPT write it. Null values count as absent.
         column: where it stands, as ``messages[2]``.
         keys: names that differ from the well-known ones.
 
@@ -193,7 +206,7 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
         RowError: unknown role, missing or mistyped content, a tool call that is not one, a bad weight.
     """
     if not isinstance(raw, dict):
-        raise fault("wrong type", column, "a message must be an object with a role and content", "mend the row", raw)
+        raise fault("wrong type", column, "a message must be an object with a role and content", "fix the row", raw)
     given = {key: value for key, value in raw.items() if value is not None}
     if keys.usual and given.keys() == _ROLE_AND_CONTENT and _is_usual(given):
         return Message(given)
@@ -242,9 +255,12 @@ def _role(value: Any, column: str, key: str, names: Mapping[str, str]) -> str:
         if role is not None:
             return role
     known = sorted({*names, *ROLES})
-    close = difflib.get_close_matches(value[:40], known, n=1) if isinstance(value, str) else []
-    meant = f"did you mean {close[0]}? Known are " if close else "known are "
-    raise fault("unknown role", f"{column}.{key}", "unknown role", meant + ", ".join(known), value)
+    meant = did_you_mean(value, known) if isinstance(value, str) else ""
+    advice = (
+        f"known are {', '.join(known)}; for others, data.dataset_info names a dataset_info.json with an entry for the "
+        "data set, whose tags map them, as user_tag: customer"
+    )
+    raise RowError(f"column {column}.{key}: unknown role {show(value)}{meant} ({advice})", "unknown role")
 
 
 def _content(given: dict[str, Any], key: str, column: str, role: str) -> tuple[str, str]:
@@ -284,18 +300,19 @@ def _part(part: Any, column: str, texts: list[str], thoughts: list[str]) -> None
         texts.append(text_of(part, column))
         return
     if not isinstance(part, dict):
-        raise fault("wrong type", column, "a part must be text or an object with type and text", "mend the row", part)
+        raise fault("wrong type", column, "a part must be text or an object with type and text", "fix the row", part)
     kind = part.get("type", "text")
     if not isinstance(kind, str):
         raise fault("wrong type", f"{column}.type", "expected text", "write it as a string", kind)
-    if kind in _TEXT_PARTS:
-        texts.append(text_of(part.get("text"), f"{column}.text"))
-    elif kind in _REASONING:
-        key = next((name for name in ("text", *_REASONING) if part.get(name) is not None), "text")
-        thoughts.append(text_of(part.get(key), f"{column}.{key}"))
+    if kind in _TEXT_PARTS or kind in _REASONING:
+        key = next((name for name in (*_PART_KEYS, *_REASONING) if part.get(name) is not None), "text")
+        (texts if kind in _TEXT_PARTS else thoughts).append(text_of(part.get(key), f"{column}.{key}"))
+    elif kind.startswith(_MEDIA_PARTS):
+        problem = "only text is trained"
+        raise fault("not text alone", column, problem, "leave such rows out with data.on_bad_row=skip", kind)
     else:
         problem = "only parts of type text and reasoning can be used"
-        raise fault("unknown part", column, problem, "remove the part", kind)
+        raise fault("unknown part", column, problem, "write tool calls as tool_calls, or remove the part", kind)
 
 
 def _reasoning(given: dict[str, Any], column: str, from_parts: str) -> str:
@@ -339,7 +356,7 @@ def _tool_call(call: Any, column: str) -> dict[str, Any]:
         call = parse_json(call, column, "bad tool call", "a tool call")
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise fault("bad tool call", column, "a tool call needs a name and arguments", "mend the call", call)
+        raise fault("bad tool call", column, "a tool call needs a name and arguments", "fix the call", call)
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         where = f"{column}.arguments"
@@ -347,7 +364,7 @@ def _tool_call(call: Any, column: str) -> dict[str, Any]:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise fault("bad tool call", f"{column}.arguments", "arguments must be an object", "mend the call", arguments)
+        raise fault("bad tool call", f"{column}.arguments", "arguments must be an object", "fix the call", arguments)
     name = text_of(function["name"], f"{column}.name")
     parsed = {"type": "function", "function": {"name": name, "arguments": plain(arguments, f"{column}.arguments")}}
     if call.get("id") is not None:
@@ -360,7 +377,7 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
 
     Args:
         value: a list of definitions (wrapped as above or bare objects with a name, or JSON strings of these), or a
-            JSON string of a list, or None.
+            JSON string of a list, or None. Nulls stay in JSON strings; elsewhere they are what Arrow left behind.
         column: its name, for messages.
 
     Returns:
@@ -369,21 +386,23 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
     Raises:
         RowError: it is not that.
     """
+    written = isinstance(value, str)
     if isinstance(value, str):
         value = parse_json(value, column, "bad tools", "tool definitions") if value.strip() else None
     if value is None:
         return None
     tools = value if isinstance(value, list) else [value]
-    return [_tool(tool, f"{column}[{index}]") for index, tool in enumerate(tools)] or None
+    return [_tool(tool, f"{column}[{index}]", written) for index, tool in enumerate(tools)] or None
 
 
-def _tool(tool: Any, column: str) -> dict[str, Any]:
+def _tool(tool: Any, column: str, written: bool) -> dict[str, Any]:
+    """``written``: the definition stands as JSON text, so its nulls are the author's own."""
     if isinstance(tool, str):
-        tool = parse_json(tool, column, "bad tools", "a tool definition")
+        tool, written = parse_json(tool, column, "bad tools", "a tool definition"), True
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise fault("bad tools", column, "a tool definition needs a name", "mend the definition", tool)
-    tool = plain(tool, column, drop_nulls=True)
+        raise fault("bad tools", column, "a tool definition needs a name", "fix the definition", tool)
+    tool = plain(tool, column, drop_nulls=not written)
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
@@ -395,7 +414,7 @@ def _train(given: dict[str, Any], column: str, role: str) -> bool | None:
             advice = "only what the assistant says is trained; remove it"
             raise fault("foreign message trained", column, problem, advice)
         return train
-    raise fault("wrong type", f"{column}.train", "train must be true or false", "mend the row", train)
+    raise fault("wrong type", f"{column}.train", "train must be true or false", "fix the row", train)
 
 
 def _weight(given: dict[str, Any], column: str) -> float:
@@ -407,7 +426,7 @@ def _weight(given: dict[str, Any], column: str) -> float:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not (weight == 0 or low <= weight <= high):
             problem = f"a weight must be 0 or a number from {low:g} to {high:g}"
-            raise fault("bad weight", f"{column}.{key}", problem, "mend the row", weight)
+            raise fault("bad weight", f"{column}.{key}", problem, "fix the row", weight)
     if len(set(found.values())) > 1:
         raise fault("bad weight", column, "weight and loss_weight differ", "keep one of them", found)
     return float(next(iter(found.values())))

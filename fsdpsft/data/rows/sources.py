@@ -25,13 +25,12 @@ from fsdpsft.data.rows.dataset_info import DatasetInfo
 from fsdpsft.data.rows.files import TARGET_BYTES, Shard
 from fsdpsft.data.rows.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
 from fsdpsft.data.rows.json_files import RowFault, raise_fault
-from fsdpsft.errors import DataError, RowError
+from fsdpsft.errors import DataError, RowError, and_more, place
 
 __all__ = [
     "Row",
     "Shard",
     "Source",
-    "column_names",
     "fingerprint",
     "first_row",
     "read_rows",
@@ -66,7 +65,11 @@ class Row:
     @property
     def where(self) -> str:
         """The place as an error message quotes it."""
-        return f"{self.source}, row {self.index}" + ("" if self.line is None else f" (line {self.line})")
+        return place(self.source, self.index, self.line)
+
+    def error(self, text: str, reason: str) -> RowError:
+        """An error of this row; see ``RowError``."""
+        return RowError(text, reason, file=self.source, row=self.index, line=self.line)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,10 @@ def _resolve_item(item: Any, info: DatasetInfo | None, split: str) -> Source:
     name = item.get("name") or _short_name(path)
     if info is not None and path in info.names:
         path, row_format = info.resolve(path)
-    found_files = tuple(_find_files(path, split, info))
+    try:
+        found_files = tuple(_find_files(path, split, info))
+    except OSError as exc:
+        raise DataError(f"{path[:200]}: not a path that can be opened ({exc.strerror}); name another") from None
     for file in found_files:
         files.file_kind(file)
     return Source(str(name), found_files, float(weight), row_format)
@@ -149,11 +155,13 @@ def _short_name(path: str) -> str:
 def _find_files(path: str, split: str, info: DatasetInfo | None) -> list[str]:
     if path.startswith("hf://"):
         path = fetch_hub_path(path)
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # noqa: PTH111 - leaves an unknown user's ~name as it is
     if local.is_dir():
         return _folder_files(local, split)
-    if local.exists():
+    if local.is_file():
         return [str(local)]
+    if local.exists():
+        raise DataError(f"{path}: neither a file nor a folder (a device or a pipe); write the rows to a file")
     if has_magic(path):
         found = glob(str(local), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
         matches = sorted(match for match in found if _is_data(Path(match)))
@@ -201,7 +209,7 @@ def _folder_files(folder: Path, split: str) -> list[str]:
 
 
 def _names(paths: list[Path]) -> str:
-    return ", ".join(p.name for p in paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+    return and_more([path.name for path in paths])
 
 
 def _refuse_repeats(sources: list[Source]) -> None:
@@ -280,15 +288,6 @@ def first_row(source: Source) -> Row:
     for row in read_rows(source, faults.append):
         return row
     raise faults[0]
-
-
-def column_names(source: Source) -> list[str]:
-    """The columns of the source's first row, in order.
-
-    Raises:
-        DataError: the source has no readable row.
-    """
-    return list(first_row(source).columns)
 
 
 def fingerprint(source: Source) -> str:

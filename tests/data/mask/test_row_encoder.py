@@ -14,7 +14,7 @@ from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.rows.conversation import RowFormat
 from fsdpsft.data.rows.sources import read_rows, resolve_sources
 from fsdpsft.errors import DataError, RowError
-from fsdpsft.testing import tiny_tokenizer
+from fsdpsft.testing import CHATML, tiny_tokenizer
 
 TALK = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "The answer is 7."}]
 OPTIONS = BuildOptions(num_workers=2)
@@ -131,3 +131,21 @@ def test_real_files_into_a_store(real_data, tmp_path, tokenizer):
         sample = store.sample(index)
         assert trained_text(tokenizer, sample).endswith("<|im_end|>")
         assert store.trained[index] == (sample.loss_weights[1:] > 0).sum()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_refused_conversation_that_begins_with_the_assistant_has_a_hint(tmp_path, train):
+    """Templates that look at the first message cannot prompt for it."""
+    looks = "{% if messages[0]['role'] == 'system' %}{% endif %}"
+    refuses = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    turns = [("assistant", "Hello."), ("user", "hi"), ("assistant", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[0]["train"] = train
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": messages}))
+    (source,) = resolve_sources(str(file))
+    encoder = RowEncoder([source], tiny_tokenizer((looks if train else refuses) + CHATML), eos_token_ids=[2])
+    (result,) = encoder.encode(source, list(read_rows(source)))
+    assert isinstance(result, RowError)
+    assert str(result).startswith(f"{file}, row 0 (line 1): ")
+    assert "begins with the assistant" in str(result) and ("train: false" in str(result)) is train

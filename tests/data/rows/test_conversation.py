@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from fsdpsft.data.rows.conversation import (
     load_custom_rows,
     recognise,
     to_conversation,
+    unused_columns,
 )
-from fsdpsft.data.rows.sources import Row, column_names, first_row, read_rows, resolve_sources
+from fsdpsft.data.rows.sources import Row, first_row, read_rows, resolve_sources
 from fsdpsft.errors import DataError, RowError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -346,7 +348,7 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
             "unknown role",
             r"messages\[1\]\.role: .*'asistant'; did you mean assistant",
         ),
-        ([USER, {"role": 3, "content": "4"}], "unknown role", "unknown role, found 3; known are assistant, developer"),
+        ([USER, {"role": 3, "content": "4"}], "unknown role", "unknown role 3 \\(known are assistant, developer"),
         ([USER, {"content": "4"}], "missing role", "it has content"),
         ([USER, {"role": "assistant"}], "null value", "the message has the keys role"),
         ([USER, {"role": "assistant", "content": None}], "null value", r"messages\[1\]\.content: missing or null"),
@@ -354,7 +356,7 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
         ([USER, {"role": "assistant", "content": "", "reasoning": "hm"}], "empty response", "is empty"),
         ([USER, {"role": "assistant", "content": 4}], "wrong type", "expected text or a list of typed parts, found 4"),
         ([{"role": "user", "content": {"a": 1}}, REPLY], "wrong type", "expected text or a list"),
-        ([USER, {"role": "assistant", "content": [{"type": "image_url"}]}], "unknown part", "found 'image_url'"),
+        ([USER, {"role": "assistant", "content": [{"type": "image_url"}]}], "not text alone", "found 'image_url'"),
         ([USER, {"role": "assistant", "content": [{"type": ["text"]}]}], "wrong type", r"content\[0\]\.type"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "invalid UTF-8", "half a character"),
         ([USER, {"from": "gpt", "value": "4"}], "mixed formats", "some messages have role, others from"),
@@ -388,8 +390,12 @@ def test_bad_messages_are_named(messages: Any, reason: str, message: str) -> Non
     with pytest.raises(RowError, match=message) as caught:
         chat({"messages": messages})
     assert caught.value.reason == reason
-    assert str(caught.value).startswith("file.jsonl, row 7 (line 8), column messages")
-    assert len(str(caught.value)) < 400
+    error = caught.value
+    assert (error.file, error.row, error.line) == ("file.jsonl", 7, 8)
+    assert str(error) == f"file.jsonl, row 7 (line 8), {error.text}" and error.text.startswith("column messages")
+    copy = pickle.loads(pickle.dumps(error))  # as it comes from a process that builds
+    assert (str(copy), copy.reason, copy.row) == (str(error), reason, 7)
+    assert len(str(error)) < 500
 
 
 @pytest.mark.parametrize(
@@ -440,8 +446,102 @@ def test_nesting_beyond_reason_and_foreign_objects() -> None:
         deep = [deep]
     with pytest.raises(RowError, match="nested more than 64 levels deep"):
         chat({"messages": [USER, REPLY | {"plan": deep}]})
-    with pytest.raises(RowError, match="a bytes has no place in a message"):
+    with pytest.raises(RowError, match="a bytes cannot be part of a message"):
         chat({"messages": [USER, REPLY | {"plan": [b"x"]}]})
+
+
+# ---- columns that say what a row is for
+
+
+PAIR = {"prompt": "2+2?", "response": "4"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason", "message"),
+    [
+        (PAIR | {"label": False}, "unwanted answer", "column label: it marks the answer as one .*found False"),
+        (PAIR | {"kto_tag": "false"}, "unwanted answer", "column kto_tag"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "label": False}, "unwanted answer", "column label"),
+        ({"messages": [USER, REPLY], "images": ["a.png"]}, "not text alone", "column images: .*only text is trained"),
+        ({"messages": [USER, REPLY], "audio": {"path": "a.wav"}}, "not text alone", "column audio"),
+        (
+            {"messages": [USER | {"content": "<image>What is it?"}, REPLY], "images": []},
+            "not text alone",
+            r"column messages\[0\].content: <image> stands for something that is not text",
+        ),
+        (PAIR | {"rejected": "5"}, "preference data", "column rejected: this is preference data"),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference data", "data.response_key=chosen"),
+        ({"conversations": [USER], "chosen": REPLY, "rejected": REPLY}, "preference data", "set data.format"),
+    ],
+)
+def test_columns_that_change_what_a_row_means_are_not_passed_over(
+    columns: dict[str, Any], reason: str, message: str
+) -> None:
+    with pytest.raises(RowError, match=message) as caught:
+        chat(columns)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (PAIR | {"label": True, "kto_tag": None, "images": [], "image": None}, {}),
+        (PAIR | {"label": 0}, {}),  # a class, for all one knows
+        ({"messages": [USER, REPLY], "chosen": "4", "rejected": "5"}, {"format": "messages"}),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, {"prompt_key": "prompt", "response_key": "chosen"}),
+        ({"conversations": [USER], "chosen": REPLY}, {"prompt_key": "conversations", "response_key": "chosen"}),
+        ({"prompt": "2+2?", "chosen": [USER, REPLY], "rejected": []}, {"messages_key": "chosen"}),
+        ({"prompt": "2+2?", "label": "4"}, {"prompt_key": "prompt", "response_key": "label"}),
+    ],
+)
+def test_such_columns_may_be_named_or_hold_nothing(columns: dict[str, Any], options: dict[str, Any]) -> None:
+    made = chat(columns, **options)
+    assert (made.messages, made.train) == ([USER, REPLY], (False, True))
+
+
+def test_a_response_that_is_a_whole_conversation_is_not_put_behind_its_prompt() -> None:
+    with pytest.raises(RowError, match=r"begins with a message of role user.*data.multiturn.messages_key=chosen"):
+        chat({"prompt": "2+2?", "chosen": [USER, REPLY]}, prompt_key="prompt", response_key="chosen")
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "unused"),
+    [
+        ({"messages": [], "conversations": [], "tools": [], "id": 1}, {}, ["conversations", "id"]),
+        (PAIR | {"system": "s", "note": "n"}, {"system_key": "note"}, ["system"]),
+        ({"instruction": "", "output": "", "input": "", "source": ""}, {}, ["source"]),
+        ({"input_ids": [], "labels": [], "text": ""}, {}, ["text"]),
+    ],
+)
+def test_unused_columns_are_told(
+    columns: dict[str, Any], options: dict[str, Any], unused: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(columns))
+    (source,) = resolve_sources(str(tmp_path / "x.jsonl"))
+    row_format = RowFormat(**options)
+    assert unused_columns(source, recognise(list(columns), first_row(source), row_format), row_format) == unused
+    assert unused_columns(source, "custom", row_format) == []
+
+
+# ---- forms that are read
+
+
+def test_messages_may_be_json_text_and_parts_have_values() -> None:
+    assert chat({"messages": json.dumps([USER, REPLY])}).messages == [USER, REPLY]
+    parts = [{"type": "reasoning", "value": "so"}, {"type": "text", "value": "4"}]
+    made = chat({"messages": [USER, REPLY | {"content": parts}]})
+    assert made.messages[1] == REPLY | {"reasoning_content": "so"}
+    with pytest.raises(RowError, match="column messages: expected a list of messages, but the text is not JSON"):
+        chat({"messages": "[{"})
+
+
+def test_nulls_that_a_tool_definition_has_as_text_stay() -> None:
+    """Arrow adds nulls to objects; to JSON text only its author does, and inference would see them."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"required": None}}}
+    for tools in (json.dumps([tool]), [json.dumps(tool)]):
+        assert chat({"messages": [USER, REPLY], "tools": tools}).tools == [tool]
+    bare = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert chat({"messages": [USER, REPLY], "tools": [tool]}).tools == [bare]
 
 
 # ---- through files
@@ -483,7 +583,7 @@ def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
 def _read(path: Path) -> list[Conversation]:
     (source,) = resolve_sources(str(path))
     options = format_of(source, RowFormat())
-    adapter = recognise(column_names(source), first_row(source), options)
+    adapter = recognise(list(first_row(source).columns), first_row(source), options)
     made = [to_conversation(row, adapter, options) for row in read_rows(source)]
     return [conversation for conversation in made if isinstance(conversation, Conversation)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fsdpsft.data.rows.conversation import Conversation, RowFormat, format_of, recognise, to_conversation
-from fsdpsft.data.rows.sources import column_names, first_row, resolve_sources
+from fsdpsft.data.rows.sources import first_row, resolve_sources
 from fsdpsft.errors import DataError
 
 
@@ -24,7 +24,7 @@ def first(folder: Path, name: str) -> Conversation:
     (source,) = resolve_sources([name], str(folder))
     options = format_of(source, RowFormat())
     row = first_row(source)
-    conversation = to_conversation(row, recognise(column_names(source), row, options), options)
+    conversation = to_conversation(row, recognise(list(row.columns), row, options), options)
     assert isinstance(conversation, Conversation)
     return conversation
 
@@ -88,10 +88,17 @@ def test_paths_still_work_beside_names(tmp_path: Path) -> None:
         ({"file_name": "d.json", "num_samples": 5}, "num_samples=5 is not supported; use data.train_max_samples"),
         ({"script_url": "x"}, "script_url='x' is not supported"),
         ({"ms_hub_url": "x/y"}, "names neither file_name nor hf_hub_url"),
-        ({"file_name": "d.json", "formating": "alpaca"}, "unknown key formating, did you mean formatting"),
+        ({"file_name": "d.json", "formating": "alpaca"}, "unknown key formating; did you mean formatting"),
         ({"file_name": "d.json", "formatting": "xml"}, "formatting='xml' is not one of alpaca, sharegpt, openai"),
-        ({"file_name": "d.json", "columns": {"images": "i"}}, "columns: unknown key images"),
-        ({"file_name": "d.json", "columns": {"promt": "i"}}, "unknown key promt, did you mean prompt"),
+        (
+            {"file_name": "d.json", "columns": {"images": "i"}},
+            "images='i' is not supported: only text",
+        ),
+        ({"file_name": "d.json", "columns": {"kto_tag": "label"}}, "kto_tag='label' is not supported: preference data"),
+        ({"file_name": "d.json", "columns": {"promt": "i"}}, "unknown key promt; did you mean prompt"),
+        ({"file_name": "d.json", "formatting": ["alpaca"]}, "is not one of alpaca, sharegpt, openai"),
+        ({"file_name": "d.json", "tags": {"user_tag": ["human"]}}, r"user_tag must be text, found \['human'\]"),
+        ({"file_name": "d" * 5000}, "not a path that can be opened"),
         ({"file_name": "d.json", "tags": {"user": "i"}}, "tags: unknown key user"),
         ({"file_name": "d.json", "tags": []}, None),
         ({"file_name": "gone.json"}, r"gone\.json: no such file or folder"),

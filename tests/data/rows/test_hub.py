@@ -63,7 +63,7 @@ def test_offline_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"no such path, and not to be had from the Hub .*Couldn't reach"):
+    with pytest.raises(DataError, match=r"no such path, nor on the Hub .*Couldn't reach"):
         resolve_sources("owner/name")
 
 
@@ -108,5 +108,5 @@ def test_malformed_addresses(address: str) -> None:
 
 
 def test_files_offline() -> None:
-    with pytest.raises(DataError, match="not to be had from the Hub"):
+    with pytest.raises(DataError, match="could not be fetched from the Hub"):
         fetch_hub_path("hf://datasets/owner-that-is-not/cached/x.parquet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import pytest
 
 from fsdpsft.data.rows.sources import (
     Source,
-    column_names,
     fingerprint,
     first_row,
     read_rows,
@@ -141,7 +141,7 @@ def test_first_row_passes_over_broken_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{broken\n{"b": 1, "a": 2}\n')
     (source,) = resolve_sources(str(path))
-    assert (first_row(source).index, column_names(source)) == (1, ["b", "a"])
+    assert (first_row(source).index, list(first_row(source).columns)) == (1, ["b", "a"])
     path.write_text("{broken\n")
     with pytest.raises(RowError, match="row 0"):
         first_row(source)
@@ -188,10 +188,22 @@ def test_parquet_folder_as_spark_writes_it(tmp_path: Path) -> None:
 def test_real_data_is_found_and_read(real_data: Path) -> None:
     (gsm8k,) = resolve_sources(str(real_data / "gsm8k"))
     assert names_of([gsm8k]) == [["train.jsonl"]]
-    assert column_names(gsm8k) == ["question", "answer"]
+    assert list(first_row(gsm8k).columns) == ["question", "answer"]
     assert sum(1 for _ in read_rows(gsm8k)) == 7473
     (glaive,) = resolve_sources(str(real_data / "sharegpt" / "glaive_toolcall_en_demo.json"))
     rows = list(read_rows(glaive))
     expected = json.loads(Path(glaive.files[0]).read_text())
     assert [row.columns for row in rows] == expected
     assert [row for shard in shards(glaive, 50_000) for row in read_shard(shard)] == rows
+
+
+def test_devices_pipes_and_impossible_paths_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for a writer that never comes
+    for path, message in (
+        (str(tmp_path / "pipe.jsonl"), "neither a file nor a folder"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("x" * 5000, "not a path that can be opened"),
+        ("~nobody-of-this-name/x.jsonl", "no such file or folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            resolve_sources(path)
