@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from fsdpsft.config.load import load_config, to_yaml
+from fsdpsft.config.names import peer_hint
 from fsdpsft.config.schema import Config
 from fsdpsft.config.yaml_file import CONF_DIR
 from fsdpsft.errors import RunFailed, UserError
@@ -83,7 +84,8 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             continue
         name, given, value = argument.partition("=")
         if name not in ("--cfg", "--config-dir", "--config-name"):
-            raise UserError(f"unknown option {name}; settings are given as key=value (see --help)")
+            hint = f" ({theirs})" if (theirs := peer_hint(name.lstrip("-"))) else ""
+            raise UserError(f"unknown option {name}{hint}; settings are given as key=value (see --help)")
         options[name] = value if given else next(waiting, "")
         if not options[name]:
             raise UserError(f"{name} needs a value")

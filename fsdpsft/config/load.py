@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fsdpsft.config.names import ALIASES, RETIRED, unknown_key
+from fsdpsft.config.names import ALIASES, unknown_key
 from fsdpsft.config.rules import check
 from fsdpsft.config.schema import KEYS, Config, Key
 from fsdpsft.config.yaml_file import CONF_DIR
@@ -56,12 +56,12 @@ def load_config(
         _set(raw, name, value)
     for name, value in given.items():
         _set(raw, name, value)
-    for name in _flatten(OmegaConf.to_container(raw, resolve=False)):  # type: ignore[arg-type]
+    for name in flatten(OmegaConf.to_container(raw, resolve=False)):  # type: ignore[arg-type]
         if name not in KEYS:
             raise unknown_key(name)
     _spell(raw)
     config = _typed(raw)
-    check(config, _flatten(config.as_dict()))
+    check(config, flatten(config.as_dict()))
     config.from_environment = _from_environment(raw)
     return config
 
@@ -83,6 +83,18 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of a nested mapping; keys whose type is itself a mapping are leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        key = prefix + str(name)
+        if isinstance(value, Mapping) and key not in KEYS and not key.endswith("chat_template_kwargs"):
+            flat |= flatten(value, key + ".")
+        else:
+            flat[key] = value
+    return flat
+
+
 # --- what the user typed --------------------------------------------------------------------------------------------
 
 
@@ -96,8 +108,6 @@ def _known(name: str) -> str:
     Raises:
         ConfigError: there is none.
     """
-    if name in RETIRED:
-        raise ConfigError(f"{name} does not exist here: {RETIRED[name]}")
     if name in ALIASES:
         log.warning("%s is an older name of %s", name, ALIASES[name])
         return ALIASES[name]
@@ -129,17 +139,25 @@ def _is_text(name: str) -> bool:
     return name in KEYS and (KEYS[name].path or KEYS[name].type in (str, str | None))
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of keys as it stands, references included.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        content = OmegaConf.load(path)
+        if not isinstance(content, ListConfig):
+            return OmegaConf.to_container(content, resolve=False)  # type: ignore[return-value]
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {path}: {(str(error).splitlines() or ['?'])[0]}") from error
+    raise ConfigError(f"{path} holds a list; expected keys, for example data: {{train_files: chats.parquet}}")
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     """Known keys of a YAML file, dotted."""
     try:
-        content = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    if isinstance(content, ListConfig):
-        raise ConfigError(f"{path} holds a list; expected keys, for example data: {{train_files: chats.parquet}}")
-    flat = _flatten(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
-    try:
-        return {_known(name): value for name, value in flat.items()}
+        return {_known(name): value for name, value in flatten(read_yaml(path)).items()}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -154,18 +172,6 @@ def _compose(preset: str | None, config_dir: str | Path | None, config_name: str
             return composed
     except HydraException as error:
         raise ConfigError(f"cannot compose {config_name} from {directory}: {str(error).strip()}") from error
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of a nested mapping; keys whose type is itself a mapping are leaves."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        key = prefix + str(name)
-        if isinstance(value, Mapping) and key not in KEYS:
-            flat |= _flatten(value, key + ".")
-        else:
-            flat[key] = value
-    return flat
 
 
 # --- from values to types -------------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def _told(work: Callable[[], Any], name: str) -> Any:
 
 def _from_environment(raw: DictConfig) -> dict[str, str]:
     """Keys whose text reads an environment variable, itself or by way of another key, with that text."""
-    texts = _flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
+    texts = flatten(OmegaConf.to_container(raw, resolve=False))  # type: ignore[arg-type]
     found: dict[str, str] = {}
     for _ in KEYS:  # as many rounds as a chain of references can be long
         before = len(found)

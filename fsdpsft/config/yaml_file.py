@@ -5,10 +5,11 @@ python -m fsdpsft.config
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.config.schema import KEYS, Key
+from fsdpsft.config.schema import KEYS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel carries the YAML as fsdpsft/conf (see pyproject.toml); a checkout has it beside the package.
@@ -25,23 +26,27 @@ _COMMENT_COLUMN = 36
 
 def render() -> str:
     """The text of ``conf/train.yaml``."""
+    lines = nested(
+        (name, _value(key.default), key.help.replace("{choices}", " | ".join(key.choices)))
+        for name, key in KEYS.items()
+    )
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def nested(settings: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines of YAML, sections indented, of settings in the schema's order: dotted key, value as text, comment."""
     lines: list[str] = []
     sections: list[str] = []
-    for name, key in KEYS.items():
+    for name, value, comment in settings:
         *path, leaf = name.split(".")
         shared = next((i for i, (a, b) in enumerate(zip(path, sections, strict=False)) if a != b), len(path))
         if path[:1] != sections[:1]:
             lines.append("")
         lines += ["  " * depth + f"{path[depth]}:" for depth in range(min(shared, len(sections)), len(path))]
         sections = path
-        lines.append(_line("  " * len(path) + leaf, key))
-    return HEADER + "\n".join(lines) + "\n"
-
-
-def _line(name: str, key: Key) -> str:
-    setting = f"{name}: {_value(key.default)}"
-    # At least one blank before the comment, or YAML reads it as part of the value.
-    return setting.ljust(_COMMENT_COLUMN - 1) + " # " + key.help.replace("{choices}", " | ".join(key.choices))
+        # At least one blank before the comment, or YAML reads it as part of the value.
+        lines.append(f"{'  ' * len(path)}{leaf}: {value}".ljust(_COMMENT_COLUMN - 1) + f" # {comment}")
+    return lines
 
 
 def _value(value: Any) -> str:
