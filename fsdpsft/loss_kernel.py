@@ -65,7 +65,7 @@ def fused_softmax(product: Tensor, targets: Tensor, formula: tuple[float, float 
     scale, softcap = formula
     if len(product):
         _one_row[(len(product),)](
-            product, targets, losses, float(scale), float(softcap or 1), product.shape[1], softcap is not None, gradient,
-            BLOCK, num_warps=8,
+            product, targets, losses, float(scale), float(softcap or 1),
+            product.shape[1], softcap is not None, gradient, BLOCK, num_warps=8,
         )  # fmt: skip
     return losses
