@@ -238,14 +238,14 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> T
     )  # fmt: skip
 
 
-@outside_graph  # the loop's length is the batch's: tracing it would compile anew for each batch
+@outside_graph  # a traced loop over documents would be compiled again for each batch
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """The reference: ``scaled_dot_product_attention`` document by document, neighbours of one length together.
+    """The reference: ``scaled_dot_product_attention`` document by document, neighbours of equal length together.
 
-    Works on any device and has every feature. ``split`` is used rather than slices, as its backward is one
-    concatenation and not one zero-filled copy of the whole for each document.
+    Works on any device and has every feature. ``split`` instead of slices: its backward is one concatenation, theirs a
+    zero-filled copy of the whole for each document.
     """
-    if q.device.type == "cpu" and q.dtype in HALF:  # in float32 it is faster there: measured, a tenth of a whole step
+    if q.device.type == "cpu" and q.dtype in HALF:  # float32 saves a tenth of a whole step there, as measured
         return attend_sdpa(q.float(), k.float(), v.float(), spec, context).to(q.dtype)
     runs = [(len(list(group)), length) for length, group in groupby(context.seqlens)]
     sizes = [count * length for count, length in runs]
@@ -328,7 +328,7 @@ def attend_varlen_repeated(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec,
 
 
 def _block_mask(context: AttentionContext, window: int | None, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of this batch, made in the first layer that asks and kept for the others."""
+    """FlexAttention's mask of this batch and window, made by the first layer that needs it."""
     if window not in context.derived:
         total = sum(context.seqlens)
         lengths = context.cu_seqlens.diff()
