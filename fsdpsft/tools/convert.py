@@ -228,7 +228,7 @@ def _carry(name: str, value: Any, c: Conversion) -> None:
             raise ConfigError(f"{line} asks for something that is not done here: {reason}") from None
         c.lost.append(f"{line} - {reason}")
         return
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{line} is no value that {TRAINERS[c.trainer]} takes ({error})") from error
     typed = name in c.typed or name.startswith("datasets.")
     if not made and typed:
