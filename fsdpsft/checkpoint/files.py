@@ -1,4 +1,4 @@
-"""Durable files: checksums, fsync, free space. Nothing here knows what a model is."""
+"""Files that survive a power cut: checksums, fsync, free space. Nothing here knows what a model is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fsdpsft.errors import CheckpointError, UserError
 from fsdpsft.filesystem import fsync
 
 CHUNK_BYTES = 16 << 20
-"""Bytes hashed or written at once: large enough that the GIL is let go of nearly all the time."""
+"""Bytes hashed, read or written at once: large enough that the GIL is released nearly all the time."""
 
 
 @dataclass(frozen=True)

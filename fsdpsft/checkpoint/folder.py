@@ -1,15 +1,15 @@
-"""The output directory: checkpoints that appear whole, old ones that vanish whole, and the model at its root.
+"""The output directory: checkpoints that appear and disappear whole, and the model at its root.
 
 A checkpoint is written as ``.tmp-global_step_N`` and renamed when it is proven; one to be deleted is renamed to
 ``.trash-global_step_N`` first. So a ``global_step_N`` is whole at any moment, and what a crash leaves behind starts
 with a dot and is cleared away at the next start.
 
 The root holds hard links to one checkpoint's Hugging Face files (no second copy on disk; the links outlive the
-checkpoint's own deletion). Several files cannot be renamed at once, so the switch hangs on one: sharded weights are
+checkpoint's own deletion). Several files cannot be renamed at once, so one decides: sharded weights are
 linked under names that carry the step (``model-step40-00001-of-00004.safetensors``), and the index that lists them is
 renamed over the old one last, then the old shards go. A reader gets all its weights from one step, because it learns
-their names from one index; if it was slow enough to find an old shard gone, it fails to open it, and tries again. An
-unsharded model is one file, and its rename the switch.
+their names from one index; if an old shard has been deleted in the meantime, opening it fails and the reader tries
+again. A model that is not sharded is one file, whose rename decides.
 
 ``manifest.json`` says which files a checkpoint consists of and what each must contain. A checkpoint is good if its
 manifest is whole (it carries a checksum of itself) and every file that it names has the length and SHA-256 that it

@@ -374,7 +374,7 @@ class CheckpointManager:
         if self._rank == 0:
             try:
                 act()
-            except Exception as error:  # whatever it is, the other ranks wait for this word
+            except Exception as error:  # whatever it is, the other ranks wait for the outcome
                 logger.debug("saving step %d failed", step, exc_info=True)
                 problem = f"{error}" if isinstance(error, (UserError, OSError)) else repr(error)
                 self.folder.abandon(step)

@@ -350,7 +350,7 @@ class TensorFileWriter:
         return FileRecord(self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        """Close without a word after a failure; the file is removed with its folder."""
+        """Close after a failure, checking nothing; the file is removed with its folder."""
         self._file.close()
 
 

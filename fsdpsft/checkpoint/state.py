@@ -1,4 +1,4 @@
-"""The resumable part of a checkpoint: what is saved beside the weights, and what may differ when training goes on.
+"""The resumable part of a checkpoint: what is saved beside the weights, and how it is read again.
 
 Numbers, names and random-generator states are JSON (``state.json``); tensors are safetensors. Nothing is pickled, so
 nothing of a checkpoint can run code when it is opened.
