@@ -213,7 +213,12 @@ def _join(config: Config, data: TrainingData, requests: StopSignal) -> Iterator[
         torch.manual_seed(t.seed + mesh.rank)  # of dropout alone: processes must not drop the same places
         run = _build(config, data, mesh, requests)
         requests.begin(timedelta(seconds=t.timeout))
-        yield run
+        try:
+            yield run
+        except Stopped:
+            run.checkpoints.wait()
+            raise
+        run.checkpoints.wait()  # here, so that a process stuck in the last save is told like any other
     except (UserError, Stopped):  # all processes come here together
         _leave(run, joined_before)
         raise
