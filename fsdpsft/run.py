@@ -18,7 +18,8 @@ import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
 from fsdpsft.checkpoint.folder import LOCK_FILE, only_run_in
-from fsdpsft.checkpoint.manager import Adapter, CheckpointManager, patience
+from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
+from fsdpsft.checkpoint.pieces import patience
 from fsdpsft.checkpoint.state import TrainState, read_state
 from fsdpsft.config.load import parse_size, to_yaml
 from fsdpsft.config.resume import check_config

@@ -200,6 +200,17 @@ def _check(error: Any) -> None:
         )
 
 
+_SLOWEST_DISK = 100_000_000
+"""Bytes a second, all ranks together; ranks that write less are taken to be stuck."""
+_BYTES_PER_PARAMETER = 16
+"""Of a checkpoint: float32 weights and AdamW's two moments, and the exported weights."""
+
+
+def patience(timeout_s: int, parameters: int) -> timedelta:
+    """How long one rank waits for another while a model of so many parameters is saved or loaded."""
+    return timedelta(seconds=timeout_s + parameters * _BYTES_PER_PARAMETER / _SLOWEST_DISK)
+
+
 class Peers:
     """The ranks of a run while they save and load; over a gloo group of their own, or a single process.
 
