@@ -109,13 +109,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, parts: int = 1) -> Manifest:
+def verify(folder: Path, *, below: str = "", part: int = 0, parts: int = 1) -> Manifest:
     """Check a checkpoint against its manifest.
 
     Args:
         folder: a ``global_step_N`` folder.
         below: look only at files whose path begins so (``trainer_state/``).
-        deep: also read and hash every file; else only existence and length are looked at.
         part: of ``parts``, which files to hash, so that the ranks can share the reading (by size, largest first).
 
     Raises:
@@ -132,14 +131,13 @@ def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, p
                 f"{folder}: {name} has {path.stat().st_size:,} bytes instead of {record.size:,}; it was cut short or "
                 f"overwritten. Use another checkpoint."
             )
-    if deep:
-        by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
-        for name, record in by_size[part::parts]:
-            if record_of(folder / name) != record:
-                raise CheckpointError(
-                    f"{folder}: the content of {name} does not match its checksum; it was changed or the disk is "
-                    f"failing. Use another checkpoint."
-                )
+    by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
+    for name, record in by_size[part::parts]:
+        if record_of(folder / name) != record:
+            raise CheckpointError(
+                f"{folder}: the content of {name} does not match its checksum; it was changed or the disk is failing. "
+                f"Use another checkpoint."
+            )
     return manifest
 
 
