@@ -33,10 +33,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.checkpoint.files import FileRecord, fsync_tree, read_object, record_of, write_json
 from fsdpsft.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, read_index
 from fsdpsft.errors import CheckpointError, ConfigError
-from fsdpsft.filesystem import LockHeldError, exclusive, fsync
+from fsdpsft.filesystem import (
+    FileRecord,
+    LockHeldError,
+    exclusive,
+    fsync,
+    fsync_tree,
+    read_object,
+    record_of,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 

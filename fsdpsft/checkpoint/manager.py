@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from fsdpsft.checkpoint.export import Handoff, Probe, prove_answers, prove_model, source_template, write_hub_files
-from fsdpsft.checkpoint.files import FileRecord, require_space, write_json
 from fsdpsft.checkpoint.folder import Manifest, RunFolder, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.parameters import is_tied, named_tensors, trained_tensors
 from fsdpsft.checkpoint.pieces import Exchange, Peers, Piece, Staging, piece_of, rows_of
@@ -50,6 +49,7 @@ from fsdpsft.checkpoint.state import (
 )
 from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, plan_export, write_tensor_files
 from fsdpsft.errors import CheckpointError, UserError
+from fsdpsft.filesystem import FileRecord, require_space, write_json
 
 logger = logging.getLogger(__name__)
 

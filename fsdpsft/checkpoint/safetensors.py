@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fsdpsft.checkpoint.files import CHUNK_BYTES, FileRecord, read_object, record_of
 from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.filesystem import CHUNK_BYTES, FileRecord, read_object, record_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.tensor import DTensor
 
-from fsdpsft.checkpoint.files import FileRecord, read_object
 from fsdpsft.checkpoint.pieces import Piece
 from fsdpsft.checkpoint.safetensors import TensorFileWriter, TensorSpec, dtype_named
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import FileRecord, read_object
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 Saved = tuple[torch.dtype, tuple[int, ...]]

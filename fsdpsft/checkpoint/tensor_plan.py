@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from fsdpsft.checkpoint.files import FileRecord
 from fsdpsft.checkpoint.pieces import Piece, Request
 from fsdpsft.checkpoint.safetensors import (
     TensorFileWriter,
@@ -32,6 +31,7 @@ from fsdpsft.checkpoint.safetensors import (
     prove_tensor_file,
 )
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import FileRecord
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from fsdpsft.checkpoint.files import read_object
 from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError, and_more
+from fsdpsft.filesystem import read_object
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fsdpsft.checkpoint.export import Handoff, prove_model, write_hub_files
-from fsdpsft.checkpoint.files import copy_file, fsync_tree, require_space, write_json
 from fsdpsft.checkpoint.folder import MANIFEST, STEP_NAME, Manifest, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.manager import ADAPTER_FOLDER, HUB_FOLDER
 from fsdpsft.checkpoint.parameters import named_tensors
@@ -42,7 +41,7 @@ from fsdpsft.checkpoint.tensor_plan import (
 )
 from fsdpsft.config.load import parse_size
 from fsdpsft.errors import CheckpointError, ConfigError, UserError
-from fsdpsft.filesystem import fsync
+from fsdpsft.filesystem import copy_file, fsync, fsync_tree, require_space, write_json
 from fsdpsft.model import lora
 from fsdpsft.model.load import WeightSource, build_meta_model, load_model_config
 from fsdpsft.model.streamed import Part, allocate_trained, parts_of, present

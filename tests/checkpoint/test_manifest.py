@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fsdpsft.checkpoint.files import FileRecord, write_bytes
 from fsdpsft.checkpoint.folder import Manifest, read_manifest, verify, write_manifest
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import FileRecord, write_bytes
 
 
 def make(folder: Path) -> Manifest:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdpsft.checkpoint.files import record_of
 from fsdpsft.checkpoint.pieces import Box, Exchange, Peers, Piece, Request, piece_of, rows_of
 from fsdpsft.checkpoint.safetensors import (
     DTYPE_NAMES,
@@ -17,6 +16,7 @@ from fsdpsft.checkpoint.safetensors import (
 )
 from fsdpsft.checkpoint.tensor_plan import Unit, split_into_files, write_tensor_files
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import record_of
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path) -> None:
