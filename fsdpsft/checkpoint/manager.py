@@ -337,8 +337,9 @@ class CheckpointManager:
         self._attempt(records, problems, partial(write_local_pieces, folder, self._rank, job.training))
         for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
             if files:
-                exchange = Exchange(pieces, self._peers)
-                self._attempt(records, problems, partial(write_tensor_files, folder, files, exchange))
+                collect = Exchange(pieces, self._peers).collect
+                write = partial(write_tensor_files, folder, files, collect, self._rank, self._peers.size)
+                self._attempt(records, problems, write)
         mine = {name: (record.size, record.sha256) for name, record in records.items()}
         gathered = self._peers.all_gather((mine, problems, job.rng))
         if failures := [problem for _, found, _ in gathered for problem in found]:
