@@ -323,7 +323,7 @@ class TrainerConfig:
     max_shard_size: str = key("5GB", "of a safetensors file", on_resume="free", needs=EXPORT)
     verify_export: bool = key(
         True,
-        "load each saved model (4 bytes a parameter, one process) and compare its losses",
+        "read each saved model again, one block at a time, and compare its losses",
         on_resume="free",
         needs=EXPORT,
     )
