@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fsdpsft.data.mask.rendering import JinjaTemplate, Message, Rendered
 from fsdpsft.data.mask.spans import SpanTokenizer
 from fsdpsft.errors import DataError, ModelError, RowError
 
 Variables = Mapping[str, Any]
+History: TypeAlias = Literal["auto", "as_rendered", "per_turn"]
 
 _PROBE = "probe of the reply"
 _NAME = "probe_of_calls"
@@ -80,6 +81,36 @@ class _Turn(NamedTuple):
     def reply(self) -> str:
         return self.rendered.text[self.prompt_end : self.reply_end]
 
+    def is_in(self, rendered: Rendered) -> bool:
+        """Whether a render begins with this turn's prompt and reply."""
+        return rendered is self.rendered or rendered.text.startswith(self.rendered.text[: self.reply_end])
+
+
+class _Group(NamedTuple):
+    """Turns that are trained in one text, which renders the first ``messages`` messages."""
+
+    rendered: Rendered
+    messages: int
+    turns: list[_Turn]
+
+
+def _by_prefix(whole: Rendered, messages: int, turns: Sequence[_Turn]) -> list[_Group]:
+    """As few texts as hold each turn behind its own prompt.
+
+    A turn's prompt and reply are the beginning of a text or are not, and the beginnings of one text begin with each
+    other. So the turns form a tree, and each leaf needs a text: from the last turn on, a turn that begins no text yet
+    gets one.
+    """
+    groups: list[_Group] = []
+    for turn in reversed(turns):
+        group = next((group for group in groups if turn.is_in(group.rendered)), None)
+        if group is None:
+            in_whole = turn.is_in(whole)
+            group = _Group(whole, messages, []) if in_whole else _Group(turn.rendered, turn.message + 1, [])
+            groups.append(group)
+        group.turns.insert(0, turn)
+    return groups[::-1] or [_Group(whole, messages, [])]
+
 
 def as_parts(message: Message) -> Message:
     """The message with text content as a list of one part."""
@@ -130,6 +161,7 @@ class TurnProver:
 
     Attributes:
         wants_parts: the template prints only content given as a list of parts (vision models).
+        prints_tools: it prints the definitions of tools.
         header: the generation prompt after a plain question, to know it where it must not be.
 
     Raises:
@@ -147,6 +179,7 @@ class TurnProver:
         self.wants_parts, self.header = self._probe(variables)
         self._calls = (False, False)
         self._calls = self._probe_calls(variables)
+        self.prints_tools = self._probe_tools(variables)
 
     def _probe(self, variables: Variables) -> tuple[bool, str]:
         """Learn from a question and a reply how the template takes content and how it prompts."""
@@ -182,6 +215,14 @@ class TurnProver:
             if _NAME in text:
                 return form
         return False, False
+
+    def _probe_tools(self, variables: Variables) -> bool:
+        tool = {"name": _NAME, "description": "probe", "parameters": {"type": "object", "properties": {}}}
+        try:
+            tools = {**variables, "tools": [{"type": "function", "function": tool}]}
+            return _NAME in self.template.plain([self.shaped(_ASK)], tools, True)
+        except DataError:  # it wants others; conversations with tools are then looked at one by one
+            return False
 
     def shaped(self, message: Message) -> Message:
         """The message in the form in which this template prints it."""
@@ -246,38 +287,45 @@ class TurnProver:
         owned = rendered.owned(2)
         return rendered.text[owned[0][0] :] if owned else ""
 
-    def as_rendered(
-        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
-    ) -> TemplateText:
-        """The whole conversation as one text; ``weights`` holds the loss weight of each trained message by index."""
+    def texts(
+        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables, history: History
+    ) -> tuple[TemplateText, ...]:
+        """The texts to train on, each with its trained spans; together they hold each trained message once.
+
+        Args:
+            messages: the conversation.
+            weights: the loss weight of each trained message, by index.
+            variables: of the template.
+            history: see ``template``.
+        """
         whole = self.template.marked(messages, variables)
-        spans: list[Span] = []
-        for index, weight in weights.items():
-            turn = self._turn(messages, index, variables, whole)
+        turns: list[_Turn] = []
+        for index in weights:
+            turns.append(self._turn(messages, index, variables, whole))
             if index == len(messages) - 1:
-                whole = turn.rendered
-            spans += self._spans(whole, turn, weight)
-        return TemplateText(whole.text, tuple(spans), len(messages))
+                whole = turns[-1].rendered
+        if history == "as_rendered":
+            groups = [_Group(whole, len(messages), turns)]
+        elif history == "per_turn":
+            groups = [_Group(turn.rendered, turn.message + 1, [turn]) for turn in turns]
+        else:
+            groups = _by_prefix(whole, len(messages), turns)
+        return tuple(
+            TemplateText(
+                group.rendered.text,
+                tuple(s for turn in group.turns for s in self._spans(group.rendered, turn, weights[turn.message])),
+                group.messages,
+            )
+            for group in groups
+        )
 
-    def per_turn(
-        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
-    ) -> list[TemplateText]:
-        """A text per trained message: the conversation up to and including it, as inference would have it."""
-        texts = []
-        for index, weight in weights.items():
-            turn = self._turn(messages, index, variables, None)
-            texts.append(TemplateText(turn.rendered.text, self._spans(turn.rendered, turn, weight), index + 1))
-        return texts
-
-    def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered | None) -> _Turn:
+    def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered) -> _Turn:
         try:
             prompt = self.template.plain(messages[:index], variables, True)
         except DataError as error:
             raise refuse(index, f"no generation prompt can be rendered for it: {error}") from error
-        if whole is None or index < len(messages) - 1:
-            rendered = self.template.marked(messages[: index + 1], variables)
-        else:
-            rendered = whole
+        is_last = index == len(messages) - 1
+        rendered = whole if is_last else self.template.marked(messages[: index + 1], variables)
         if not rendered.text.startswith(prompt):
             shared = len(re.sub(r"[^\s>]*\Z", "", prompt[: _shared(prompt, rendered.text)]))
             raise refuse(
@@ -363,7 +411,7 @@ class TurnProver:
                 raise refuse(turn.message, f"the template does not print {_excerpt(text)} of the message as it is")
 
     def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
-        exact = whole is turn.rendered or whole.text.startswith(turn.rendered.text[: turn.reply_end])
+        exact = turn.is_in(whole)
         start, end = (turn.prompt_end, turn.reply_end) if exact else self._rewritten(whole, turn)
         pieces = [(start, end)]
         if self.template.has_blocks:
@@ -374,7 +422,7 @@ class TurnProver:
 
     def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
         """(start, end) of a reply in a conversation whose history the template has rewritten."""
-        remedy = "; use data.history=per_turn, or train only the last turn"
+        remedy = "; use data.history=auto, or train only the last turn"
         segments = whole.owned(turn.message)
         if turn.header_start is None or len(segments) != 1:
             raise refuse(
