@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fsdpsft.data.mask.probe import texts_of
 from fsdpsft.data.mask.rendering import Message
-from fsdpsft.data.mask.turns import TemplateText, TurnProver, texts_of
+from fsdpsft.data.mask.turns import TemplateText, TurnProver
 from fsdpsft.errors import DataError, RowError
 
 KINDS = ("reasoning", "system", "developer", "tools", "tool_calls", "tool_results", "content")
@@ -62,7 +63,7 @@ def missing(given: Given, texts: Sequence[TemplateText], prover: TurnProver) -> 
     lacking = [
         piece
         for piece in _pieces(given, count)
-        if (piece.kind == "tools" and not prover.prints_tools) or not any(_spells(t, piece.text) for t in printed)
+        if (piece.kind == "tools" and not prover.form.prints_tools) or not any(_spells(t, piece.text) for t in printed)
     ]
     lacking += [
         Missing("reasoning", index, thought)

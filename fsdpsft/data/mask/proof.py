@@ -14,9 +14,10 @@ import numpy as np
 from transformers.utils import chat_template_utils
 
 from fsdpsft.data.mask.given import WITNESS
+from fsdpsft.data.mask.probe import texts_of
 from fsdpsft.data.mask.spans import Ids
 from fsdpsft.data.mask.template import ChatTemplate, Plan
-from fsdpsft.data.mask.turns import Span, TemplateText, texts_of
+from fsdpsft.data.mask.turns import Span, TemplateText
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import DataError
 

@@ -153,7 +153,7 @@ class ChatTemplate:
             own ``template_kwargs`` go before them.
         special_tokens_in_content: what to do with the text of special tokens in messages and tools: ``escape`` spells
             it as ordinary text, ``refuse`` rejects the conversation. Special are tokens with ``special=True``, stop
-            tokens, and those that the template prints around messages (``TurnProver.markers``).
+            tokens, and those that the template prints around messages (``TemplateForm.markers``).
         history: ``auto``, ``per_turn`` or ``as_rendered``, see above.
         may_drop: kinds of what a conversation gives (``given.KINDS``) that the template need not print.
         eos_token_ids: ``generation_config.eos_token_id`` as a list; ``check`` compares stop tokens with it.
@@ -202,7 +202,7 @@ class ChatTemplate:
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
         for prover in {self._prover, self._tool_prover}:
-            self.tokens.guard(prover.markers(self.variables))
+            self.tokens.guard(prover.form.markers(self.tokens))
         self._hidden = re.compile(f"{self.tokens.guarded_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
@@ -268,7 +268,7 @@ class ChatTemplate:
             raise RowError("the conversation has no messages", "no messages")
         hiding = Hiding(self.tokens.guarded_pattern, self._hidden)
         prover = self.prover(conversation)
-        plain = [prover.shaped(_prepared(message)) for message in conversation.messages]
+        plain = [prover.form.shaped(_prepared(message)) for message in conversation.messages]
         messages = [self._hide(index, message, hiding) for index, message in enumerate(plain)]
         variables = {**self.variables, **conversation.template_kwargs, "tools": hiding.hide(conversation.tools)}
         weights = {
