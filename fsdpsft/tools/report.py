@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fsdpsft.tools.charts import curve_svg, histogram_svg
+from fsdpsft.tools.charts import curve_svg, histogram_svg, sparkline
 from fsdpsft.tools.facts import Histogram, ShownSample, SourceFacts
 from fsdpsft.tools.footprint import GIB, Footprint
 from fsdpsft.tools.proof import Group, Proof
 from fsdpsft.tools.run_plan import RunPlan
 
+_CURVE_WIDTH = 40
 CLAIMS = {
     "refused": "every row can be used",
     "prompt_ids": "prompt ids equal the generation prompt's ids",
@@ -60,13 +61,15 @@ class Section:
         text: sentences above the table.
         table: rows of cells, the titles first; empty for none.
         notes: explanations below it.
-        chart: a drawing as HTML, for the page alone.
+        curve: a drawing in one line, for the terminal.
+        chart: the same as HTML, for the page.
     """
 
     title: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
+    curve: str = ""
     chart: str = ""
 
 
@@ -246,7 +249,7 @@ def lengths_section(histogram: Histogram) -> Section:
     """Samples by length."""
     h = histogram
     text = f"half of the samples have up to {h.median:,} tokens, 95 % up to {h.percentile_95:,}"
-    return Section("Lengths", [f"{text}, the longest {h.longest:,}"], chart=histogram_svg(h))
+    return Section("Lengths", [f"{text}, the longest {h.longest:,}"], curve=sparkline(h.counts), chart=histogram_svg(h))
 
 
 def plan_section(plan: RunPlan) -> Section:
@@ -274,9 +277,11 @@ def plan_section(plan: RunPlan) -> Section:
 
 def rate_section(plan: RunPlan) -> Section:
     """The learning rate over the steps."""
-    top, last = max(rate for _, rate in plan.lr), plan.lr[-1][1]
-    text = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up, up to {top:.3g}, {last:.3g} at the end"
-    return Section("Learning rate", [text], chart=curve_svg(plan.lr))
+    rates = [rate for _, rate in plan.lr]
+    warmup = f"{counted(plan.warmup_steps, 'step')} of warm-up"
+    text = f"{plan.schedule}, {warmup}, up to {max(rates):.3g}, {rates[-1]:.3g} at the end"
+    points = [rates[round(x * (len(rates) - 1) / (_CURVE_WIDTH - 1))] for x in range(_CURVE_WIDTH)]
+    return Section("Learning rate", [text], curve=sparkline(points), chart=curve_svg(plan.lr))
 
 
 def footprint_section(footprint: Footprint) -> Section:
