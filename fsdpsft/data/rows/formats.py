@@ -188,6 +188,8 @@ def refuse_other_training(columns: Mapping[str, Any], options: RowFormat) -> Non
     Raises:
         RowError: the row holds images, sounds or answers to compare, or its answer is marked as unwanted.
     """
+    if _OTHER_TRAINING.isdisjoint(columns):
+        return
     for name in sorted(_OTHER_TRAINING.intersection(columns).difference(options.named)):
         value = columns[name]
         if name in PREFERENCE_COLUMNS:
