@@ -18,6 +18,7 @@ from pathlib import Path
 from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.mask.given import remarks
 from fsdpsft.data.rows.conversation import unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.data.workers import usable_cores
@@ -115,15 +116,13 @@ def check(config: Config, options: Options) -> Report:
     return report if data is None else _with_facts(report, config, data, options)
 
 
-def _unused(parts: Sequence[Part]) -> dict[str, str]:
-    """By source, the columns that nothing reads."""
-    found = {}
-    for part in parts:
-        name = part.source.name
-        columns = unused_columns(part.source, part.encoder.adapters[name], part.encoder.formats[name])
-        if columns:
-            found[name] = and_more(columns, _SHOWN_COLUMNS)
-    return found
+def _unused(parts: Sequence[Part]) -> list[str]:
+    """The columns that nothing reads, a line for each source."""
+    lines = []
+    for source, encoder in ((part.source, part.encoder) for part in parts):
+        if columns := unused_columns(source, encoder.adapters[source.name], encoder.formats[source.name]):
+            lines.append(f"{source.name}: columns that nothing reads: {and_more(columns, _SHOWN_COLUMNS)}")
+    return lines
 
 
 def _extent(limit: int | None, available: int | None) -> str:
@@ -171,6 +170,7 @@ def _with_facts(report: Report, config: Config, data: TrainingData, options: Opt
     sources = source_facts(data.train, "train", [source.weight for source in data.sources])
     if data.validation is not None:
         sources += source_facts(data.validation, "validation", [1.0] * len(data.validation.source_names))
+    report.remarks.extend(remarks(data.train.stats))
     try:
         plan = plan_run(config, data)
     except (DataError, ConfigError) as error:

@@ -26,14 +26,13 @@ CLAIMS = {
 NOTES = {
     "skipped": "rows left out (data.on_bad_row=skip)",
     "history_rewritten": "replies trained after another prompt than inference gives: the template rewrites earlier "
-    "turns (data.history=per_turn trains each after its own)",
+    "turns (data.history=auto trains each after its own)",
     "escaped": "conversations with special-token text in their content, spelt as ordinary text; apply_chat_template "
     "would make special tokens of it, so their prompts are not compared with its",
     "stop_not_in_eos": "replies whose stop token the model's generation_config lacks, as data.chat_template brings "
     "another; the exported model's will have it",
     "nothing_trained": "samples without a trained token",
-    "reasoning_dropped": "messages whose reasoning the template does not print, so that it is not trained",
-    "left_out": "parts of rows that the template does not print (data.may_drop lets them go)",
+    "left_out": "parts of rows that the template does not print, so that nothing is learnt from them (data.may_drop)",
 }
 """What breaks no rule and is worth knowing, by the finding's name."""
 
@@ -42,13 +41,12 @@ _LIMITS = {
     "prompt_ids": ("history_rewritten", "escaped"),
     "prefix": ("history_rewritten",),
     "stop_not_in_eos": ("stop_not_in_eos",),
-    "text_missing": ("reasoning_dropped", "left_out"),
+    "text_missing": ("left_out",),
 }
 """Claim -> notes that take something from it."""
 _UNPROVEN = {
     "history_rewritten": "replies are trained after another prompt than inference gives",
-    "reasoning_dropped": "messages lose their reasoning",
-    "left_out": "parts of rows are lost in the template",
+    "left_out": "parts of rows are not printed by the template",
 }
 """Notes with which what is trained is not all, or not exactly, what the model must say."""
 
@@ -95,7 +93,7 @@ class Report:
         model, template: the model's folder and the chat template in use (None where no row needs one).
         problems: why training would refuse to start, beside single rows.
         proof: of the rows.
-        unused: by source, the columns that nothing reads.
+        remarks: on the data, a line each.
         sources, histogram, samples, plan: of the tokenised data; empty or None where nothing could be tokenised.
     """
 
@@ -103,7 +101,7 @@ class Report:
     template: str | None
     problems: list[str]
     proof: Proof
-    unused: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     sources: list[SourceFacts] = field(default_factory=list)
     histogram: Histogram | None = None
     samples: list[ShownSample] = field(default_factory=list)
@@ -159,7 +157,7 @@ class Report:
     @property
     def sections(self) -> list[Section]:
         """The tables, in order."""
-        found = [sources_section(self.sources, self.unused)] if self.sources else []
+        found = [sources_section(self.sources, self.remarks)] if self.sources else []
         found += [lengths_section(self.histogram)] if self.histogram is not None else []
         found += [plan_section(self.plan), rate_section(self.plan)] if self.plan is not None else []
         return found
@@ -224,7 +222,7 @@ def ranges(numbers: Sequence[int], most: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
-def sources_section(sources: Sequence[SourceFacts], unused: dict[str, str] | None = None) -> Section:
+def sources_section(sources: Sequence[SourceFacts], remarks: Sequence[str] = ()) -> Section:
     """The sources, and what was left out of them."""
     table = [["source", "rows", "samples", "tokens", "trained", "median", "longest", "cut", "left out", "twice",
               "no label", "forged"]]  # fmt: skip
@@ -241,8 +239,7 @@ def sources_section(sources: Sequence[SourceFacts], unused: dict[str, str] | Non
         "cut: samples truncated to data.max_length; twice: equal to an earlier one, and kept; no label: without a "
         "trained token; forged: with special-token text in the content, spelt as ordinary text"
     )
-    passed_over = [f"{name}: columns that nothing reads: {columns}" for name, columns in (unused or {}).items()]
-    return Section("Data", (), table, [legend, *reasons, *passed_over])
+    return Section("Data", (), table, [legend, *reasons, *remarks])
 
 
 def lengths_section(histogram: Histogram) -> Section:
