@@ -72,10 +72,8 @@ class Options:
         html = _page_path(values["html"]) if "html" in values else None
         rows = values["rows"] if "rows" in values else str(DEFAULT_ROWS)
         samples = values["samples"] if "samples" in values else str(cls.samples)
-        return cls(
-            html, None if rows == "all" else whole_number("check.rows", rows, least=1),
-            whole_number("check.samples", samples, least=0),
-        )  # fmt: skip
+        limit = None if rows == "all" else whole_number("check.rows", rows, least=1)
+        return cls(html, limit, whole_number("check.samples", samples, least=0))
 
 
 def _page_path(name: str) -> Path:
@@ -177,9 +175,12 @@ def _with_facts(report: Report, config: Config, data: TrainingData, options: Opt
         plan = None
         report.problems.append(str(error))
     return replace(
-        report, sources=sources, histogram=length_histogram(data.train.lengths), plan=plan,
+        report,
+        sources=sources,
+        histogram=length_histogram(data.train.lengths),
+        plan=plan,
         samples=_samples(data.train, data, options.samples),
-    )  # fmt: skip
+    )
 
 
 def _samples(store: TokenStore, data: TrainingData, wanted: int) -> list[ShownSample]:

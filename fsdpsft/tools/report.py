@@ -224,8 +224,8 @@ def ranges(numbers: Sequence[int], most: int) -> str:
 
 def sources_section(sources: Sequence[SourceFacts], remarks: Sequence[str] = ()) -> Section:
     """The sources, and what was left out of them."""
-    table = [["source", "rows", "samples", "tokens", "trained", "median", "longest", "cut", "left out", "twice",
-              "no label", "forged"]]  # fmt: skip
+    titles = ["source", "rows", "samples", "tokens", "trained", "median", "longest"]
+    table = [[*titles, "cut", "left out", "twice", "no label", "forged"]]
     reasons = []
     for s in sources:
         c, left_out = s.counts, s.left_out
@@ -260,10 +260,9 @@ def plan_section(plan: RunPlan) -> Section:
     ]
     table = [["GPUs", "passes", "fill", "tokens", "cost", "in order: tokens", "cost", "waiting", "idle"]]
     for b in plan.balances:
-        table.append(
-            [str(b.gpus), f"{b.micro_batches:.1f}", percent(b.fill), f"{b.tokens:.3f}", f"{b.cost:.3f}",
-             f"{b.in_order_tokens:.3f}", f"{b.in_order_cost:.3f}", percent(b.lockstep - 1), f"{b.idle:.1f}"]
-        )  # fmt: skip
+        shares = [f"{value:.3f}" for value in (b.tokens, b.cost, b.in_order_tokens, b.in_order_cost)]
+        passes = [str(b.gpus), f"{b.micro_batches:.1f}", percent(b.fill)]
+        table.append([*passes, *shares, percent(b.lockstep - 1), f"{b.idle:.1f}"])
     legend = (
         "passes: forward passes of a GPU in a step; fill: share of computed tokens that are real; tokens, cost: the "
         "busiest GPU over the mean, by tokens and with attention, as planned and in the order of the data; waiting: "
