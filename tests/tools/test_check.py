@@ -397,6 +397,18 @@ def test_a_sample_with_tools_opens_at_its_first_trained_token() -> None:
     assert "… 860 tokens before …" in text and "⟦xxxxx⟧" in text
 
 
+def test_a_long_prompt_is_folded_away_on_the_page(run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    data = write(tmp_path / "a.jsonl", [chat("word " * 300, "yes")] * 2)
+    code, out, _ = run(data, "data.max_length=4096", "check.samples=1", f"check.html={page}")
+    assert code == 0
+    (before,) = re.findall(r"… (\d+) tokens before …", out)
+    text = page.read_text()
+    assert text.count(f"<details><summary>{before} tokens before</summary>") == 1
+    folded, shown = text.partition("</details>")[0], text.partition("</details>")[2]
+    assert ">yes</span>" in shown and 'class="t"' not in folded.partition("<details>")[2]
+
+
 def test_colours_only_where_there_is_a_terminal() -> None:
     assert Style(colour=True).trained("x") == "\x1b[30;42mx\x1b[0m"
     assert Style(colour=False).trained("x") == "⟦x⟧"
