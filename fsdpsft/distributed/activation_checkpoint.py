@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -182,31 +182,28 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
     A result is kept in the memory that the block goes on with. Whatever may write there is given that memory, and what
     is kept moves to a copy first. What may write: an operator whose schema says so; an operator without a schema; and
     code that torch does not see, such as a Triton kernel, for which no version counter moves. For a gradient to come
-    back through such code it must stand in an ``autograd.Function``, so inside this context all of their ``apply``
+    back through such code it must stand in an ``autograd.Function``, and inside this context the arguments of each
     pass by here. What the unit returns is anybody's to write to, so it is not kept.
     """
 
     def __init__(self, results: _Results) -> None:
         super().__init__(results)
         self.exposed: dict[int, _Kept] = {}  # by the storages that the block can still reach
-        self._outer: tuple[_Keep | None, Any] | None = None
 
     def __enter__(self) -> _Keep:
         """Watch operators and autograd functions."""
         global _watching
-        self._outer = _watching, vars(Function)["apply"]
         _watching = self
-        setattr(Function, "apply", classmethod(_apply_watched))  # noqa: B010
+        setattr(_SingleLevelFunction, "apply", classmethod(_apply_watched))  # noqa: B010  # what mypy cannot follow
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Put all back."""
+        """Watch no longer."""
         global _watching
-        assert self._outer is not None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _watching, apply = self._outer
-        setattr(Function, "apply", apply)  # noqa: B010
+        delattr(_SingleLevelFunction, "apply")
+        _watching = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -233,22 +230,26 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
             kept.versions = [0] * len(kept.versions)
 
     def release(self, output: Any) -> None:
-        """At the unit's end: what it returns is made again, which for the last operator costs nothing."""
+        """At the unit's end: let go of what it returns, and of the last product where no backward reads its result."""
         for storage in _storages(output):
             if storage in self.exposed:
                 self.exposed[storage].result = None
+        last = self.results[-1] if self.results else None
+        if last and isinstance(last.result, Tensor) and _ends_in_product(output, last.result.shape[-1]):
+            last.result = None
         self.exposed.clear()
 
 
 _watching: _Keep | None = None
-"""The unit at work. Looked up at each call, as compiled code holds on to the ``apply`` that it found."""
-_plain_apply = vars(Function)["apply"].__func__
+"""The unit at work."""
 
 
-def _apply_watched(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    if _watching is not None and _watching.exposed:
+def _apply_watched(cls: type[_SingleLevelFunction], *args: Any, **kwargs: Any) -> Any:
+    """In the place where ``Function.apply`` calls torch's own, so that no alias of an ``apply`` goes past it."""
+    # An operator registered with torch has a function of this module around it, and a schema.
+    if _watching is not None and cls.__module__ != "torch._library.autograd":
         _watching.protect((args, kwargs))
-    return _plain_apply(cls, *args, **kwargs)
+    return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Reuse(_Unit):  # type: ignore[no-untyped-call]
@@ -268,6 +269,18 @@ class _Reuse(_Unit):  # type: ignore[no-untyped-call]
                 "model.enable_gradient_checkpointing=full or none."
             )
         return kept.result
+
+
+def _ends_in_product(output: Any, width: int) -> bool:
+    """Whether a unit returns a product of this width, perhaps added to something, which reads neither in backward."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output) if tensor.shape[-1] == width]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node.name() in ("MmBackward0", "AddmmBackward0"):
+            return True
+        if node is not None and node.name() in ("AddBackward0", "ViewBackward0", "UnsafeViewBackward0"):
+            nodes += [earlier for earlier, _ in node.next_functions]
+    return False
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -290,8 +303,8 @@ def _detached(tensor: Tensor) -> Tensor:
 @cache
 def _written(op: Any) -> tuple[int | str, ...] | None:
     """Places and names of the arguments an operator writes to; None where its schema names none, or it has none."""
-    if not isinstance(op, torch._ops.OpOverload):
-        return None
+    if not isinstance(op, torch._ops.OpOverload) or op.name() == "_c10d_functional::wait_tensor":
+        return None  # to wait for an exchange is to let it write what it returned
     arguments = enumerate(op._schema.arguments)
     written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
     return tuple(key for pair in written for key in pair) or None

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from fsdpsft.batch import Sample, pack
 from fsdpsft.distributed.fsdp import MasterWeights
 from fsdpsft.distributed.ulysses import shard
+from fsdpsft.errors import ModelError
 from fsdpsft.loss import _LinearCrossEntropy
 from fsdpsft.model.attention import IMPLEMENTATION, AttentionContext
 from fsdpsft.model.attention_backends import attend_sdpa
 from fsdpsft.model.sft_model import ModelInput, SFTModel
-from fsdpsft.model.tied_weight import TiedGradient, tie_gradients
+from fsdpsft.model.tied_weight import TiedGradient, can_tie_gradients, prove_tied_gradients, tie_gradients
 from fsdpsft.testing import PeakMemory, tiny_model
 
 ROWS = [([0, 5, 9, 5, 0, 7, 301], [0, 0, 1, 1, 0, 1, 1]), ([5, 5, 8, 0], [0, 1, 1, 1])]
@@ -30,7 +31,7 @@ def build(family: str = "qwen2", dtype: torch.dtype = torch.float32, **changes) 
 
 def loss_of(module: SFTModel) -> Tensor:
     local = shard(BATCH, 0, 1)
-    context = AttentionContext.of(BATCH, attend_sdpa, torch.device("cpu"), None)
+    context = AttentionContext.of(BATCH, attend_sdpa, torch.device("cpu"))
     return module(ModelInput(
         local.input_ids, local.position_ids, context, local.trained_index, local.targets, local.loss_weights
     ))[0]  # fmt: skip
@@ -38,11 +39,10 @@ def loss_of(module: SFTModel) -> Tensor:
 
 def run(model: PreTrainedModel, *, apart: bool, times: int = 1) -> Tensor:
     """The embedding's gradient after so many backward passes; with autograd's own look-up if ``apart``."""
+    if not apart:
+        tie_gradients(model)
     module = SFTModel(model).train()
-    if apart:
-        assert module.tied is not None
-        module.tied = None
-        del model.get_input_embeddings().forward
+    assert (module.tied is None) == apart
     for _ in range(times):
         loss_of(module).backward()
     gradient = model.get_input_embeddings().weight.grad
@@ -98,19 +98,30 @@ def test_peak_memory_is_less_by_one_gradient() -> None:
 
 def test_left_to_autograd() -> None:
     """No weight in common; an embedding that scales its rows; one with rules of its own."""
-    assert tie_gradients(build(tie_word_embeddings=False)) is None
-    assert tie_gradients(build("gemma2")) is None
+    assert can_tie_gradients(build())
+    assert not can_tie_gradients(build(tie_word_embeddings=False))
+    assert not can_tie_gradients(build("gemma2"))
     for rule, value in {"max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}.items():
         model = build()
         setattr(model.get_input_embeddings(), rule, value)
-        assert tie_gradients(model) is None
-        assert "forward" not in vars(model.get_input_embeddings())
+        assert not can_tie_gradients(model)
+
+
+def test_each_model_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    with prove_tied_gradients(model):
+        tie_gradients(model)
+    assert model.get_input_embeddings().weight.shape[0] > 8
+    monkeypatch.setattr(TiedGradient, "take", lambda self: torch.zeros(8, 4))  # the head's is lost
+    broken = build()
+    with pytest.raises(ModelError, match="tied weight is wrong"), prove_tied_gradients(broken):
+        tie_gradients(broken)
 
 
 def test_a_look_up_that_no_head_follows() -> None:
     model = build()
     embedding, ids = model.get_input_embeddings(), torch.tensor([[3, 0, 3]])
-    assert tie_gradients(model) is not None
+    tie_gradients(model)
     embedding(ids).sum().backward()
     expected = torch.zeros_like(embedding.weight)
     expected[3] = 2
@@ -128,6 +139,8 @@ def test_a_gradient_that_nobody_took_is_an_error() -> None:
 def test_a_master_gets_the_sum_unrounded(tied: bool) -> None:
     """Behind a bfloat16 copy stands a float32 master: the head's gradient reaches it as it was added up."""
     model, seen = build(tie_word_embeddings=tied), []
+    if tied:
+        tie_gradients(model)
     module = SFTModel(model).train()
     masters = MasterWeights(module, torch.bfloat16)
     head = model.get_output_embeddings().weight

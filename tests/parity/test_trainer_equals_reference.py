@@ -75,19 +75,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"model_type": "mistral", "sliding_window": 16, "tie_word_embeddings": False},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": None, "tie_word_embeddings": False},
-    "phi3-longrope": {  # 20 of 44 rows are longer than 32 tokens
-        "model_type": "phi3",
-        "num_key_value_heads": 4,
-        "sliding_window": None,
+    "olmo-clipped": {"model_type": "olmo", "clip_qkv": 0.05, "tie_word_embeddings": False},  # clamps in place
+    "gpt-oss": {  # adds biases to its experts' products in place
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": False,
-        "original_max_position_embeddings": 32,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "original_max_position_embeddings": 32,
-            "short_factor": [1.0 + 0.1 * i for i in range(8)],
-            "long_factor": [3.0 + i for i in range(8)],
-        },
     },
     "mixtral-moe": {
         "model_type": "mixtral",
@@ -260,8 +256,6 @@ TWO = {
     "fsdp-phi3": ("phi3", ["model.enable_gradient_checkpointing=selective"]),
     "sp2": ("qwen2-tied-gqa", ["ulysses_sequence_parallel_size=2"]),
     "sp2-window": ("mistral-window", ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=full"]),
-    "sp2-longrope": ("phi3-longrope", ["ulysses_sequence_parallel_size=2"]),
-    "fsdp-padded-longrope": ("phi3-longrope", ["use_remove_padding=false"]),
     "sp2-gemma3": ("gemma3", ["ulysses_sequence_parallel_size=2", "model.enable_gradient_checkpointing=selective"]),
     "hsdp2": ("qwen3-28-4", ["model.fsdp_config.replicate_size=2"]),
     "lora-fsdp": (

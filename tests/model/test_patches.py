@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fsdpsft.model.kernels import apply_liger, fuse_norms
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,10 +25,12 @@ from transformers import (
 )
 
 from fsdpsft.errors import ConfigError
-from fsdpsft.model import kernels
+from fsdpsft.model import patches
+from fsdpsft.model.patches import apply_liger, fuse_norms, fused_norms_apply, liger_applies, plain_norms
 
 CUDA = torch.device("cuda")
 MODEL = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+WITH_LIGER, WITHOUT = SimpleNamespace(use_liger=True), SimpleNamespace(use_liger=False)
 
 
 @pytest.fixture
@@ -55,29 +56,30 @@ def liger(monkeypatch):
 
 
 def test_all_parts_but_the_loss_are_replaced(liger):
-    apply_liger(MODEL, CUDA)
+    assert liger_applies(MODEL, WITH_LIGER, CUDA) and not liger_applies(MODEL, WITHOUT, CUDA)
+    apply_liger(MODEL)
     assert liger == [{"loss": (False, False), "parts": (True, True, True), "model": MODEL}]
 
 
 def test_families_without_loss_switches_get_none(liger):
     model = SimpleNamespace(config=SimpleNamespace(model_type="old"))
-    apply_liger(model, CUDA)
+    apply_liger(model)
     assert liger == [{"parts": (True,), "model": model}]
 
 
 def test_a_family_without_kernels_is_refused(liger):
     with pytest.raises(ConfigError, match="no kernels for model type rwkv"):
-        apply_liger(SimpleNamespace(config=SimpleNamespace(model_type="rwkv")), CUDA)
+        liger_applies(SimpleNamespace(config=SimpleNamespace(model_type="rwkv")), WITH_LIGER, CUDA)
 
 
 def test_cpu_and_a_missing_package_are_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"model\.use_liger=true cannot be used: .*CUDA device, and this run is on cpu"
     ):
-        apply_liger(MODEL, torch.device("cpu"))
+        liger_applies(MODEL, WITH_LIGER, torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="liger-kernel is not installed"):
-        apply_liger(MODEL, CUDA)
+        liger_applies(MODEL, WITH_LIGER, CUDA)
 
 
 # ------------------------------------------------------------------------------------------------------- torch's norms
@@ -107,9 +109,10 @@ def test_plain_norms_are_fused_and_nothing_changes(monkeypatch, family, norms):
     model(ids).logits.logsumexp(-1).sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    assert fuse_norms(model, CUDA) == norms
+    assert len(plain_norms(model)) == norms
+    fuse_norms(model)
     calls = []
-    monkeypatch.setattr(kernels, "rms_norm", lambda *a: calls.append(a) or F.rms_norm(*a))
+    monkeypatch.setattr(patches, "rms_norm", lambda *a: calls.append(a) or F.rms_norm(*a))
     model(ids).logits.logsumexp(-1).sum().backward()
     assert len(calls) == norms
     for name, parameter in model.named_parameters():
@@ -120,12 +123,14 @@ def test_plain_norms_are_fused_and_nothing_changes(monkeypatch, family, norms):
 def test_other_norms_stay_as_they_are(family):
     model = small(family)
     forwards = [module.forward for module in model.modules()]
-    assert fuse_norms(model, CUDA) == 0
+    fuse_norms(model)
     assert [module.forward for module in model.modules()] == forwards
 
 
 def test_norms_stay_as_they_are_on_cpu():
-    assert fuse_norms(small(Qwen2Config), torch.device("cpu")) == 0
+    model = small(Qwen2Config)
+    assert not fused_norms_apply(model, WITHOUT, torch.device("cpu"))
+    assert fused_norms_apply(model, WITHOUT, CUDA) and not fused_norms_apply(model, WITH_LIGER, CUDA)
 
 
 class Doubled(nn.RMSNorm):
@@ -144,13 +149,13 @@ class WithoutEpsilon(nn.RMSNorm):
 
 @pytest.mark.parametrize("impostor", [Doubled, WithoutEpsilon])
 def test_a_norm_that_only_looks_like_one_is_found_out(impostor):
-    assert fuse_norms(nn.Sequential(impostor(8, eps=1e-5)), CUDA) == 0
-    assert fuse_norms(nn.Sequential(nn.RMSNorm(8, eps=1e-5)), CUDA) == 1
+    assert plain_norms(nn.Sequential(impostor(8, eps=1e-5))) == []
+    assert len(plain_norms(nn.Sequential(nn.RMSNorm(8, eps=1e-5)))) == 1
 
 
 def test_weights_that_are_swapped_later_are_the_ones_used():
     model = nn.Sequential(nn.RMSNorm(8, eps=1e-5))
-    fuse_norms(model, CUDA)
+    fuse_norms(model)
     rows = torch.randn(3, 8)
     before = model(rows)
     model[0].weight = nn.Parameter(torch.full((8,), 3.0))
