@@ -303,7 +303,7 @@ def _detached(tensor: Tensor) -> Tensor:
 @cache
 def _written(op: Any) -> tuple[int | str, ...] | None:
     """Places and names of the arguments an operator writes to; None where its schema names none, or it has none."""
-    if not isinstance(op, torch._ops.OpOverload) or op.name() == "_c10d_functional::wait_tensor":
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.name == "_c10d_functional::wait_tensor":
         return None  # to wait for an exchange is to let it write what it returned
     arguments = enumerate(op._schema.arguments)
     written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
