@@ -293,7 +293,7 @@ def test_with_adapters_selective_repeats_only_narrow_products():
     (states, gradients, counts), (expected_states, expected, least) = results["selective"], results["none"]
     assert torch.equal(states, expected_states)
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    assert counts["mm"] == least["mm"] + 2 * 3  # of query, gate and up, what adapters add: products of 4 terms
+    assert counts["mm"] == least["mm"] + 2 * 4  # of query, output, gate and up, what adapters add: products of 4 terms
 
 
 def count_calls(model: nn.Module, kind: str) -> list[int]:
