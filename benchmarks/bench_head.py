@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.bench_data import status
 from benchmarks.common import RESULTS, environment, hardware_name, write_json
+from fsdpsft import loss as loss_module
 from fsdpsft.distributed.mesh import keep_freed_memory
 from fsdpsft.loss import cross_entropy_sum, default_chunk
 
@@ -38,6 +40,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def ours(chunk: int | None) -> Loss:
     """``fsdpsft.loss``; None for the chunk that the library takes on this device."""
     return lambda h, w, t: cross_entropy_sum(h, w, None, t, torch.ones(len(t), device=h.device), chunk_size=chunk)[0]
+
+
+def without_kernel(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """``fsdpsft.loss`` with plain operators where it would take its Triton kernel."""
+    with patch.object(loss_module, "softmax_for", lambda device, dtype: loss_module.plain_softmax):
+        return ours(None)(hidden, weight, targets)
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -71,6 +79,7 @@ def contenders(device: str, vocabulary: int) -> dict[str, Loss]:
         same = {"chunking_method": None, "batch_chunk_size": default_chunk(device, vocabulary)}
         found["torch, accurate, our chunks"] = torchs(acc_policy="accurate", acc_dtype=torch.float32, **same)
     if device == "cuda":
+        found["ours, plain softmax"] = without_kernel
         try:
             import liger_kernel  # type: ignore[import-not-found]  # noqa: F401
         except ImportError:

@@ -8,8 +8,10 @@ Shape legend, used in the whole package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +53,7 @@ class PackedBatch:
         cu_seqlens: [N + 1] int32, bounds of the documents in the flat token axis; padding is a document of its own.
         seqlens: the documents' lengths as host integers (same information as ``cu_seqlens``).
         rows: store indices of the real documents, for error messages and per-row reports.
-        lengths: of the real documents, without filler.
+        lengths: of the real documents, without padding.
     """
 
     input_ids: Tensor
@@ -70,9 +72,10 @@ class PackedBatch:
         """Length of the longest document."""
         return max(self.seqlens)
 
-    def _map(self, function) -> PackedBatch:  # type: ignore[no-untyped-def]
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def pin_memory(self) -> PackedBatch:
         """Copy to page-locked host memory, from which a copy to the device does not block."""
@@ -90,9 +93,9 @@ def pack(
 
     Args:
         samples: documents in order; empty for an idle rank's zero-weight micro-batch.
-        pad_token_id: id of the filler tokens, which are never trained and never seen by a document.
-        pad_to_multiple: the flat length is filled up to a multiple of this (the Ulysses degree) at the very end.
-        padded: one row a sample, filled at the right to the longest; causal attention keeps filler out of sight.
+        pad_token_id: id of padding, which is never trained and which no document attends to.
+        pad_to_multiple: the flat length is padded at its end to a multiple of this (the Ulysses degree).
+        padded: one row a sample, padded at the right to the longest; causal attention does not see padding there.
 
     Returns:
         The batch on the CPU: R = 1 when packed, R = len(samples) when ``padded``.
@@ -100,15 +103,12 @@ def pack(
     lengths = [len(s.input_ids) for s in samples]
     if padded and samples:
         stride = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
-        starts, seqlens, total = (
-            [i * stride for i in range(len(samples))],
-            [stride] * len(samples),
-            stride * len(samples),
-        )
+        seqlens, total = [stride] * len(samples), stride * len(samples)
+        starts = list(range(0, total, stride))
     else:
         used = sum(lengths)
         total = max(-(-used // pad_to_multiple), 1) * pad_to_multiple
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int).tolist() if samples else []
+        starts = [0, *accumulate(lengths)][: len(samples)]
         seqlens = lengths + ([total - used] if total > used else [])
     input_ids = np.full(total, pad_token_id, dtype=np.int64)
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)

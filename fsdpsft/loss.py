@@ -1,10 +1,9 @@
 """The training loss: a sum of token cross-entropies from hidden states, head and softmax in one chunked function.
 
-Full logits [M, V] are never held: chunk by chunk, the head's product, the softmax, its gradient and the two gradient
-products are done in the forward, three matrix products in all and nothing kept for the backward but the gradients
-themselves (the method of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). A chunk's
-logits exist in the compute dtype alone; the softmax takes them through float32 a few rows at a time. The head's weight
-gradient is accumulated in float32 over the chunks and rounded once.
+Full logits [M, V] never exist. The forward works in chunks: the head's product, the softmax, its gradient, and the two
+products that carry the gradient on. Only the gradients are kept for the backward (the method of Liger-Kernel's fused
+linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). A chunk's logits exist in the compute dtype alone; the softmax
+computes in float32. The head's weight gradient is accumulated in float32 over the chunks and rounded once.
 
 Shapes: M trained positions, D hidden size, V vocabulary (legend in ``batch.py``).
 """
@@ -23,9 +22,10 @@ from torch.autograd.function import once_differentiable
 
 log = logging.getLogger(__name__)
 
-# Logits that the softmax holds in float32 at one time: on CPU 4 MiB, which stay in the cache from pass to pass.
+# Logits that the softmax holds in float32 at one time; on CPU 4 MiB, which fit the cache.
 _CPU_PIECE, _PIECE = 2**20, 2**25
-_COLUMNS = 8192  # of the vocabulary, whose gradients wait in the compute dtype to be added up in float32
+# Columns of the vocabulary at a time, whose weight gradient is computed in the compute dtype and added in float32.
+_COLUMNS = 8192
 
 
 class HeadFormula(NamedTuple):
@@ -34,28 +34,21 @@ class HeadFormula(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def logits(self, product: Tensor) -> Tensor:
+        """Logits of the head's product, in at least float32; the product itself where nothing is to be done."""
+        logits, accurate = product, torch.promote_types(product.dtype, torch.float32)
+        if self.scale != 1.0:
+            logits = logits.to(accurate) * self.scale
+        if self.softcap is not None:
+            logits = (logits.to(accurate) / self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """The soft cap's derivative at these logits; None without one."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square()
+
 
 LINEAR = HeadFormula()
-
-
-def _apply(formula: HeadFormula, product: Tensor) -> Tensor:
-    """Logits of the head's product [m, v], in at least float32; the product itself where nothing is to be done."""
-    logits, accurate = product, torch.promote_types(product.dtype, torch.float32)
-    if formula.scale != 1.0:
-        logits = logits.to(accurate) * formula.scale
-    if formula.softcap is not None:
-        logits = (logits.to(accurate) / formula.softcap).tanh_().mul_(formula.softcap)
-    return logits
-
-
-def _slope(formula: HeadFormula, logits: Tensor) -> Tensor | None:
-    """The derivative of the soft cap at the logits that ``_apply`` gave; None without one."""
-    return None if formula.softcap is None else 1 - (logits / formula.softcap).square()
-
-
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, formula: HeadFormula) -> Tensor:
-    """Logits [..., V] in float32 of hidden states [..., D]."""
-    return _apply(formula, torch.nn.functional.linear(hidden, weight, bias)).float()
 
 
 def _slices(total: int, size: int) -> list[slice]:
@@ -115,8 +108,8 @@ def plain_softmax(product: Tensor, targets: Tensor, formula: HeadFormula, gradie
     accurate = torch.promote_types(product.dtype, torch.float32)
     losses = product.new_empty(len(product), dtype=accurate)
     for rows in _few_rows(product):
-        chosen, logits = targets[rows, None], _apply(formula, product[rows])
-        slope = _slope(formula, logits)
+        chosen, logits = targets[rows, None], formula.logits(product[rows])
+        slope = formula.slope(logits)
         log_p = torch.log_softmax(logits, -1, dtype=accurate)
         at_target = log_p.gather(1, chosen)
         losses[rows] = -at_target.squeeze(1)
@@ -190,8 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             product = _product(hidden[part], weight, bias, buffer)
             token_losses[part] = softmax(product, targets[part], formula, any(ctx.needs_input_grad))
             gradients.add(part, product, weights[part, None] * formula.scale, hidden[part], weight)
-        # Not saved but handed over: with no other owner left, autograd keeps what the backward returns. Of a saved
-        # tensor it would make a copy, as large as the head.
+        # An attribute instead of a saved tensor: autograd would copy what it saved, and this is as large as the head.
         ctx.gradients, ctx.dtype, ctx.take_weight_gradient = gradients, hidden.dtype, take_weight_gradient
         ctx.mark_non_differentiable(token_losses)
         return (token_losses * weights).sum(), token_losses
@@ -200,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the loss was already differentiated, and its gradients are used up"
+        assert gradients is not None, "the backward ran a second time; its gradients are used up"
         hidden, bias = _scaled(gradients.hidden, grad_loss, ctx.dtype), _scaled(gradients.bias, grad_loss, ctx.dtype)
         if gradients.weight is not None and ctx.take_weight_gradient is not None:
             ctx.take_weight_gradient(gradients.weight.mul_(grad_loss))
@@ -217,11 +209,10 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 def default_chunk(device_type: str, vocabulary: int) -> int:
-    """Positions of a chunk where no number is asked for: as few as a device's speed allows.
+    """Positions of a chunk where none are asked for: as few as the device's speed allows.
 
-    Each chunk reads and writes the weight's gradient once, beside which its three products should take long. How many
-    positions that takes depends on the device alone, for both grow with the vocabulary and with the hidden size; on CPU
-    a large vocabulary gets fewer, as 32 Mi logits of small models are more than all their activations.
+    Each chunk reads and writes the weight's gradient once; its three products should take much longer than that. On CPU
+    a large vocabulary gets fewer positions, as 32 Mi logits of a small model outweigh all its activations.
     """
     return min(512, max(128, 2**25 // vocabulary)) if device_type == "cpu" else 4096
 
@@ -240,14 +231,14 @@ def cross_entropy_sum(
         weights: [M] float32 weight of each token.
         formula: scale and soft cap of the logits.
         chunk_size: positions whose logits exist at one time; None for ``default_chunk``.
-        take_weight_gradient: given the gradient of ``weight`` [V, D], in float32, in the backward; autograd then gets
-            none. For a weight whose gradient is finished elsewhere.
+        take_weight_gradient: called in the backward with the gradient of ``weight`` [V, D] in float32; autograd then
+            gets none.
 
     Returns:
         The sum (a float32 scalar with gradients for ``hidden``, ``weight`` and ``bias``) and the unweighted loss of
         each token [M], detached.
     """
     chunk_size = chunk_size or default_chunk(hidden.device.type, weight.shape[0])
-    if not torch.is_grad_enabled():  # which the function itself is not told
+    if not torch.is_grad_enabled():  # a Function sees only that its inputs require gradients
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, formula, chunk_size, take_weight_gradient)  # type: ignore[no-any-return,no-untyped-call]

@@ -26,8 +26,9 @@ def _shaped(x, scale, softcap, capped: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _one_row(  # type: ignore[no-untyped-def]
-    logits, targets, losses, columns, scale, softcap, capped: tl.constexpr, gradient: tl.constexpr, block: tl.constexpr
-):
+    logits, targets, losses, scale, softcap,
+    columns: tl.constexpr, capped: tl.constexpr, gradient: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     target = tl.load(targets + row)
@@ -64,7 +65,7 @@ def fused_softmax(product: Tensor, targets: Tensor, formula: tuple[float, float 
     scale, softcap = formula
     if len(product):
         _one_row[(len(product),)](
-            product, targets, losses, product.shape[1], scale, softcap or 1.0, softcap is not None, gradient, BLOCK,
-            num_warps=8,
+            product, targets, losses, float(scale), float(softcap or 1),
+            product.shape[1], softcap is not None, gradient, BLOCK, num_warps=8,
         )  # fmt: skip
     return losses

@@ -19,6 +19,7 @@ from fsdpsft.data.batches.loader import Loader, LoaderSettings, SampleStore
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_build import open_or_build
 from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.mask.given import remarks
 from fsdpsft.data.mask.row_encoder import RowEncoder
 from fsdpsft.data.mask.spans import folder_disagrees
 from fsdpsft.data.rows.conversation import RowFormat, unused_columns
@@ -108,6 +109,7 @@ def make_encoder(
         history=data.history,  # type: ignore[arg-type]
         eos_token_ids=eos_token_ids,
         custom_cls=None if path is None or name is None else (path, name),
+        may_drop=data.may_drop,
     )
 
 
@@ -139,6 +141,8 @@ def prepare_data(config: Config, every_byte: bool = False) -> TrainingData:
 
     encoder = make_encoder(d, sources, tokenizer, eos)
     train = tokenised(sources, encoder)
+    for remark in remarks(train.stats) if env_rank() == 0 else ():
+        log.warning(remark)
     check_size(train, config)
     for source in sources:
         if unused := unused_columns(source, encoder.adapters[source.name], encoder.formats[source.name]):

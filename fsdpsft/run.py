@@ -18,7 +18,8 @@ import torch
 
 from fsdpsft.checkpoint.export import Handoff, Probe
 from fsdpsft.checkpoint.folder import LOCK_FILE, only_run_in
-from fsdpsft.checkpoint.manager import Adapter, CheckpointManager, patience
+from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
+from fsdpsft.checkpoint.pieces import patience
 from fsdpsft.checkpoint.state import TrainState, read_state
 from fsdpsft.config.load import parse_size, to_yaml
 from fsdpsft.config.resume import check_config
@@ -213,7 +214,12 @@ def _join(config: Config, data: TrainingData, requests: StopSignal) -> Iterator[
         torch.manual_seed(t.seed + mesh.rank)  # of dropout alone: processes must not drop the same places
         run = _build(config, data, mesh, requests)
         requests.begin(timedelta(seconds=t.timeout))
-        yield run
+        try:
+            yield run
+        except Stopped:
+            run.checkpoints.wait()
+            raise
+        run.checkpoints.wait()  # here, so that a process stuck in the last save is told like any other
     except (UserError, Stopped):  # all processes come here together
         _leave(run, joined_before)
         raise

@@ -1,4 +1,4 @@
-"""Helpers for tests and for trying things without a GPU: gloo processes, tiny models, a tokenizer made on the spot."""
+"""Helpers for tests and for trials without a GPU: gloo processes, tiny models, a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -25,47 +25,11 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = [
-    "system",
-    "user",
-    "assistant",
-    "tool",
-    "You",
-    "are",
-    "a",
-    "helpful",
-    "assistant.",
-    "What",
-    "is",
-    "the",
-    "sum",
-    "of",
-    "twelve",
-    "and",
-    "thirty-four?",
-    "The",
-    "answer",
-    "is",
-    "46.",
-    "Let",
-    "me",
-    "think",
-    "step",
-    "by",
-    "step",
-    "about",
-    "it,",
-    "then",
-    "write",
-    "the",
-    "result",
-    "after",
-    "four",
-    "hashes.",
-    "####",
-    "0123456789",
-    "",
-]
+_WORDS = (
+    "system user assistant tool You are a helpful assistant. What is the sum of twelve and thirty-four? The answer is "
+    "46. Let me think step by step about it, then write the result after four hashes. #### 0123456789 "
+)
+CORPUS = _WORDS.split(" ")
 
 
 def tiny_tokenizer(
@@ -108,10 +72,9 @@ def save_tiny_model(folder: str | Path, tokenizer: PreTrainedTokenizerFast | Non
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors made and not yet freed inside this context; ``peak`` is the most at any time.
+    """Counts the bytes of the tensors that are alive and were made inside this context; ``peak`` is the most.
 
-    For CPU, whose allocator keeps no count. Tensors that exist before are not counted; buffers that a kernel takes for
-    itself are not seen.
+    For the CPU, whose allocator keeps no count. Buffers inside a kernel are not seen.
     """
 
     def __init__(self) -> None:
@@ -152,7 +115,7 @@ def _worker(
     environment: dict[str, str], args: tuple[Any, ...],
 ) -> None:  # fmt: skip
     os.environ.update(
-        environment,  # forked off a server that knows the parent's environment as it once was
+        environment,  # the server they are forked from has the environment of its own start
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
@@ -168,9 +131,8 @@ def _worker(
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo") -> list[Any]:
     """Run ``function(*args)`` in ``world_size`` processes and return what each rank returned, in rank order.
 
-    ``function`` must be importable (defined at module level), as the processes are new ones. They are forked off a
-    server that has imported the trainer once, which takes seconds, and holds nothing else. An exception in any rank is
-    raised here with that rank's traceback.
+    ``function`` must be importable (defined at module level). The processes are forked from a server that has imported
+    the trainer once, as that takes seconds. An exception in any rank is raised here with that rank's traceback.
     """
     multiprocessing.set_forkserver_preload(["fsdpsft.train"])
     with tempfile.TemporaryDirectory() as folder:

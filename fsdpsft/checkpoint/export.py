@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from fsdpsft.checkpoint.files import FileRecord, copy_file, read_object, write_bytes, write_json
 from fsdpsft.checkpoint.safetensors import INDEX_FILE, dtype_name, open_model_files
 from fsdpsft.checkpoint.tensor_plan import Layout, PlannedFile, StoredDtypes, build_index
 from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.filesystem import FileRecord, copy_file, read_object, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 

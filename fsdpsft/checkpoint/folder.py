@@ -1,15 +1,15 @@
-"""The output directory: checkpoints that appear whole, old ones that vanish whole, and the model at its root.
+"""The output directory: checkpoints that appear and disappear whole, and the model at its root.
 
 A checkpoint is written as ``.tmp-global_step_N`` and renamed when it is proven; one to be deleted is renamed to
 ``.trash-global_step_N`` first. So a ``global_step_N`` is whole at any moment, and what a crash leaves behind starts
 with a dot and is cleared away at the next start.
 
 The root holds hard links to one checkpoint's Hugging Face files (no second copy on disk; the links outlive the
-checkpoint's own deletion). Several files cannot be renamed at once, so the switch hangs on one: sharded weights are
+checkpoint's own deletion). Several files cannot be renamed at once, so one decides: sharded weights are
 linked under names that carry the step (``model-step40-00001-of-00004.safetensors``), and the index that lists them is
 renamed over the old one last, then the old shards go. A reader gets all its weights from one step, because it learns
-their names from one index; if it was slow enough to find an old shard gone, it fails to open it, and tries again. An
-unsharded model is one file, and its rename the switch.
+their names from one index; if an old shard has been deleted in the meantime, opening it fails and the reader tries
+again. A model that is not sharded is one file, whose rename decides.
 
 ``manifest.json`` says which files a checkpoint consists of and what each must contain. A checkpoint is good if its
 manifest is whole (it carries a checksum of itself) and every file that it names has the length and SHA-256 that it
@@ -33,10 +33,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fsdpsft.checkpoint.files import FileRecord, fsync_tree, read_object, record_of, write_json
 from fsdpsft.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, read_index
 from fsdpsft.errors import CheckpointError, ConfigError
-from fsdpsft.filesystem import LockHeldError, exclusive, fsync
+from fsdpsft.filesystem import (
+    FileRecord,
+    LockHeldError,
+    exclusive,
+    fsync,
+    fsync_tree,
+    read_object,
+    record_of,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +117,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, parts: int = 1) -> Manifest:
+def verify(folder: Path, *, below: str = "", part: int = 0, parts: int = 1) -> Manifest:
     """Check a checkpoint against its manifest.
 
     Args:
         folder: a ``global_step_N`` folder.
         below: look only at files whose path begins so (``trainer_state/``).
-        deep: also read and hash every file; else only existence and length are looked at.
         part: of ``parts``, which files to hash, so that the ranks can share the reading (by size, largest first).
 
     Raises:
@@ -132,14 +139,13 @@ def verify(folder: Path, *, below: str = "", deep: bool = True, part: int = 0, p
                 f"{folder}: {name} has {path.stat().st_size:,} bytes instead of {record.size:,}; it was cut short or "
                 f"overwritten. Use another checkpoint."
             )
-    if deep:
-        by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
-        for name, record in by_size[part::parts]:
-            if record_of(folder / name) != record:
-                raise CheckpointError(
-                    f"{folder}: the content of {name} does not match its checksum; it was changed or the disk is "
-                    f"failing. Use another checkpoint."
-                )
+    by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
+    for name, record in by_size[part::parts]:
+        if record_of(folder / name) != record:
+            raise CheckpointError(
+                f"{folder}: the content of {name} does not match its checksum; it was changed or the disk is failing. "
+                f"Use another checkpoint."
+            )
     return manifest
 
 

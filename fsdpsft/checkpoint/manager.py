@@ -13,7 +13,6 @@ import json
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -25,11 +24,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
 from fsdpsft.checkpoint.export import Handoff, Probe, prove_answers, prove_model, source_template, write_hub_files
-from fsdpsft.checkpoint.files import FileRecord, require_space, write_json
 from fsdpsft.checkpoint.folder import Manifest, RunFolder, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.parameters import is_tied, named_tensors, trained_tensors
 from fsdpsft.checkpoint.pieces import Exchange, Peers, Piece, Staging, piece_of, rows_of
@@ -46,25 +42,18 @@ from fsdpsft.checkpoint.state import (
     compare_tensors,
     optimizer_tensors,
     read_state,
+    read_tensors,
     restore_rng,
     saved_tensors,
     write_local_pieces,
 )
 from fsdpsft.checkpoint.tensor_plan import PlannedFile, Unit, plan_export, write_tensor_files
 from fsdpsft.errors import CheckpointError, UserError
+from fsdpsft.filesystem import FileRecord, require_space, write_json
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER, HUB_FOLDER = "lora_adapter", "trainer_state/model_files"
-SLOWEST_DISK = 100_000_000
-"""Bytes a second, all ranks together; ranks that write less are taken to be stuck."""
-BYTES_PER_PARAMETER = 16
-"""Of a checkpoint: float32 weights and AdamW's two moments, and the exported weights."""
-
-
-def patience(timeout_s: int, parameters: int) -> timedelta:
-    """How long one rank waits for another while a model of so many parameters is saved or loaded."""
-    return timedelta(seconds=timeout_s + parameters * BYTES_PER_PARAMETER / SLOWEST_DISK)
 
 
 @dataclass(frozen=True)
@@ -147,6 +136,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._begun_at: int | None = 0
+        self._plan: tuple[list[tuple[str, tuple[int, ...], torch.dtype]], list[PlannedFile]] = ([], [])
         if self._rank == 0:
             self.folder.clean()
 
@@ -270,7 +260,7 @@ class CheckpointManager:
         if optimizer is not None:
             wanted = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
             target.update(allocate_optimizer_state(parameters, optimizer, wanted))
-        self._read(path / STATE_FOLDER, target)
+        read_tensors(path / STATE_FOLDER, target, self._peers.group)
         if len(content["rng"]) == self._peers.size:
             restore_rng(content["rng"][self._rank])
         else:
@@ -280,14 +270,6 @@ class CheckpointManager:
         if self._rank == 0 and path.resolve().parent == self.folder.root.resolve():
             self._show(state.step)  # the run may have been killed between saving this checkpoint and showing it
         return state
-
-    def _read(self, folder: Path, target: dict[str, Any]) -> None:
-        """Fill ``target`` in place; the planner of ``torch.distributed.checkpoint`` cuts and joins the boxes."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-            reader = HuggingFaceStorageReader(str(folder))
-            group = self._peers.group
-            load_sharded(target, storage_reader=reader, process_group=group, no_dist=group is None)
 
     # --- the first half of a save: what, and its copy -----------------------------------------------------------
 
@@ -317,9 +299,16 @@ class CheckpointManager:
             job.weights = held
             if adapter is not None:
                 job.weights = {name: self._rows("merged", name, tensor) for name, tensor in adapter.merged}
-            job.weight_files = plan_export(model, job.weights, self._handoff.layout)
+            job.weight_files = self._planned(model, job.weights)
         self._staging.finish()
         return job
+
+    def _planned(self, model: nn.Module, pieces: Mapping[str, Piece]) -> list[PlannedFile]:
+        """``plan_export``, once: for a mixture of 48 layers of 128 experts it takes a second, and training waits."""
+        key = [(name, piece.shape, piece.dtype) for name, piece in pieces.items()]
+        if self._plan[0] != key:
+            self._plan = key, plan_export(model, pieces, self._handoff.layout)
+        return self._plan[1]
 
     def _piece(self, name: str, tensor: Tensor, copy: bool) -> Piece:
         piece = piece_of(name, tensor, self._rank)
@@ -345,12 +334,12 @@ class CheckpointManager:
         problems: list[str] = []
         records: dict[str, FileRecord] = {}
         folder = self.folder.temporary(step)
-        rank_file = f"{STATE_FOLDER}/rank-{self._rank:05d}.safetensors"
-        self._attempt(records, problems, partial(write_local_pieces, folder, rank_file, job.training))
+        self._attempt(records, problems, partial(write_local_pieces, folder, self._rank, job.training))
         for files, pieces in ((job.weight_files, job.weights), (job.adapter_files, job.adapter)):
             if files:
-                exchange = Exchange(pieces, self._peers)
-                self._attempt(records, problems, partial(write_tensor_files, folder, files, exchange))
+                collect = Exchange(pieces, self._peers).collect
+                write = partial(write_tensor_files, folder, files, collect, self._rank, self._peers.size)
+                self._attempt(records, problems, write)
         mine = {name: (record.size, record.sha256) for name, record in records.items()}
         gathered = self._peers.all_gather((mine, problems, job.rng))
         if failures := [problem for _, found, _ in gathered for problem in found]:
@@ -374,7 +363,7 @@ class CheckpointManager:
         if self._rank == 0:
             try:
                 act()
-            except Exception as error:  # whatever it is, the other ranks wait for this word
+            except Exception as error:  # whatever it is, the other ranks wait for the outcome
                 logger.debug("saving step %d failed", step, exc_info=True)
                 problem = f"{error}" if isinstance(error, (UserError, OSError)) else repr(error)
                 self.folder.abandon(step)

@@ -200,6 +200,17 @@ def _check(error: Any) -> None:
         )
 
 
+_SLOWEST_DISK = 100_000_000
+"""Bytes a second, all ranks together; ranks that write less are taken to be stuck."""
+_BYTES_PER_PARAMETER = 16
+"""Of a checkpoint: float32 weights and AdamW's two moments, and the exported weights."""
+
+
+def patience(timeout_s: int, parameters: int) -> timedelta:
+    """How long one rank waits for another while a model of so many parameters is saved or loaded."""
+    return timedelta(seconds=timeout_s + parameters * _BYTES_PER_PARAMETER / _SLOWEST_DISK)
+
+
 class Peers:
     """The ranks of a run while they save and load; over a gloo group of their own, or a single process.
 
@@ -236,7 +247,7 @@ class Peers:
             self._send(values, peer, self._timeout)
         return values
 
-    def wait(self, work: dist.Work | None, peer: int, patience: timedelta | None = None) -> None:
+    def wait(self, work: dist.Work | None, peer: int, limit: timedelta | None = None) -> None:
         """Wait until a message to or from ``peer`` has passed.
 
         Raises:
@@ -245,21 +256,21 @@ class Peers:
         if work is None:
             return
         try:
-            work.wait(patience or self._timeout)
+            work.wait(limit or self._timeout)
         except RuntimeError as error:
             text = str(error).strip().partition("\n")[0]
             raise RuntimeError(f"gloo: rank {self.rank} was waiting for rank {peer} to save or load: {text}") from error
 
-    def _send(self, value: Any, peer: int, patience: timedelta) -> None:
+    def _send(self, value: Any, peer: int, limit: timedelta) -> None:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         for message in (torch.tensor([len(content)]), content):
-            self.wait(dist.isend(message, peer, self.group), peer, patience)
+            self.wait(dist.isend(message, peer, self.group), peer, limit)
 
-    def _receive(self, peer: int, patience: timedelta) -> Any:
+    def _receive(self, peer: int, limit: timedelta) -> Any:
         length = torch.empty(1, dtype=torch.int64)
-        self.wait(dist.irecv(length, peer, self.group), peer, patience)
+        self.wait(dist.irecv(length, peer, self.group), peer, limit)
         content = torch.empty(int(length), dtype=torch.uint8)
-        self.wait(dist.irecv(content, peer, self.group), peer, patience)
+        self.wait(dist.irecv(content, peer, self.group), peer, limit)
         return json.loads(content.numpy().tobytes())
 
 
@@ -282,7 +293,6 @@ class Exchange:
         """
         self._pieces = pieces
         self._peers = peers
-        self.rank, self.size = peers.rank, peers.size
         mine = {name: (piece.box.offset, piece.box.size) for name, piece in pieces.items() if piece.box is not None}
         self._boxes = [
             {name: Box(tuple(offset), tuple(size)) for name, (offset, size) in boxes.items()}
@@ -304,11 +314,11 @@ class Exchange:
         """
         sends = []
         for owner, request in enumerate(wanted):
-            if request is None or owner == self.rank or self._pieces[request.name].local is None:
+            if request is None or owner == self._peers.rank or self._pieces[request.name].local is None:
                 continue
             local = _host_bytes(self._pieces[request.name], request.dtype)
             sends.append((dist.isend(local, owner, self._peers.group), owner, local))
-        mine = wanted[self.rank]
+        mine = wanted[self._peers.rank]
         whole = None if mine is None else self._receive(mine)
         for work, owner, _ in sends:  # the last item keeps the bytes alive until they are sent
             self._peers.wait(work, owner)
@@ -322,7 +332,7 @@ class Exchange:
             if request.name not in boxes:
                 continue
             target = whole[boxes[request.name].slices]
-            if peer == self.rank:
+            if peer == self._peers.rank:
                 local = self._pieces[request.name].local
                 assert local is not None
                 target.copy_(local)

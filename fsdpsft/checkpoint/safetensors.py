@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fsdpsft.checkpoint.files import CHUNK_BYTES, FileRecord, read_object, record_of
 from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.filesystem import CHUNK_BYTES, FileRecord, read_object, record_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -350,7 +350,7 @@ class TensorFileWriter:
         return FileRecord(self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        """Close without a word after a failure; the file is removed with its folder."""
+        """Close after a failure, checking nothing; the file is removed with its folder."""
         self._file.close()
 
 

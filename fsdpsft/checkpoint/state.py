@@ -1,4 +1,4 @@
-"""The resumable part of a checkpoint: what is saved beside the weights, and what may differ when training goes on.
+"""The resumable part of a checkpoint: what is saved beside the weights, and how it is read again.
 
 Numbers, names and random-generator states are JSON (``state.json``); tensors are safetensors. Nothing is pickled, so
 nothing of a checkpoint can run code when it is opened.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.tensor import DTensor
 
-from fsdpsft.checkpoint.files import FileRecord, read_object
 from fsdpsft.checkpoint.pieces import Piece
 from fsdpsft.checkpoint.safetensors import TensorFileWriter, TensorSpec, dtype_named
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import FileRecord, read_object
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 Saved = tuple[torch.dtype, tuple[int, ...]]
@@ -94,7 +98,7 @@ def saved_tensors(content: Mapping[str, Any]) -> dict[str, Saved]:
     return {name: (dtype_named(dtype), tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
 
 
-def write_local_pieces(folder: Path, path: str, pieces: Mapping[str, Piece]) -> dict[str, FileRecord]:
+def write_local_pieces(folder: Path, rank: int, pieces: Mapping[str, Piece]) -> dict[str, FileRecord]:
     """Write this rank's own boxes into one file, in the layout ``torch.distributed.checkpoint`` reads.
 
     That is safetensors with the boxes' offsets as JSON in the header (``HuggingFaceStorageReader``), not the default
@@ -110,6 +114,7 @@ def write_local_pieces(folder: Path, path: str, pieces: Mapping[str, Piece]) -> 
     specs = [TensorSpec(p.name, p.dtype, p.box.size) for p in ordered if p.box is not None]
     offsets = {p.name: {"saved_offsets": p.box.offset} for p in ordered if p.box is not None}
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+    path = f"{STATE_FOLDER}/rank-{rank:05d}.safetensors"
     writer = TensorFileWriter(folder / path, specs, metadata)
     try:
         for piece in ordered:
@@ -120,6 +125,17 @@ def write_local_pieces(folder: Path, path: str, pieces: Mapping[str, Piece]) -> 
         writer.abandon()
         raise
     return {path: record}
+
+
+def read_tensors(folder: Path, target: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Fill ``target`` in place from the files of all ranks. Collective.
+
+    The planner of ``torch.distributed.checkpoint`` cuts and joins the boxes where the ranks are others now.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        reader = HuggingFaceStorageReader(str(folder))
+        load_sharded(target, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def compare_tensors(path: Path, saved: Mapping[str, Saved], target: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from fsdpsft.checkpoint.files import FileRecord
 from fsdpsft.checkpoint.pieces import Piece, Request
 from fsdpsft.checkpoint.safetensors import (
     TensorFileWriter,
@@ -32,11 +31,13 @@ from fsdpsft.checkpoint.safetensors import (
     prove_tensor_file,
 )
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import FileRecord
 
 logger = logging.getLogger(__name__)
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]
+Collect = Callable[[Sequence[Request | None]], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -278,21 +279,20 @@ def _outputs(unit: Unit, sources: dict[str, Tensor]) -> dict[str, Tensor]:
     return {spec.name: made[spec.name].to(spec.dtype) for spec in unit.outputs}
 
 
-class TensorSource(Protocol):
-    """Where whole tensors come from: ``pieces.Exchange`` in training, files in a conversion."""
-
-    rank: int
-    size: int
-
-    def collect(self, wanted: Sequence[Request | None]) -> Tensor | None:
-        """Return what ``wanted`` names for this rank; called with the same list on every rank."""
-        ...
-
-
-def write_tensor_files(folder: Path, files: Sequence[PlannedFile], source: TensorSource) -> dict[str, FileRecord]:
+def write_tensor_files(
+    folder: Path, files: Sequence[PlannedFile], collect: Collect, rank: int = 0, size: int = 1
+) -> dict[str, FileRecord]:
     """Write the files of a plan and prove each by re-reading it. Collective: every rank calls it with the same plan.
 
     A rank holds one unit at a time beside its own pieces; with r ranks, file i of n is written by rank i * r // n.
+
+    Args:
+        folder: of the checkpoint.
+        files: the plan.
+        collect: returns the whole tensor that this rank asks for, given what each rank asks for: ``Exchange.collect``
+            in training, a read from files in a conversion.
+        rank: of this process, among ``size``.
+        size: number of processes.
 
     Returns:
         The files this rank wrote.
@@ -300,14 +300,14 @@ def write_tensor_files(folder: Path, files: Sequence[PlannedFile], source: Tenso
     Raises:
         CheckpointError, OSError: this rank could not write or prove a file. It has served its peers to the end.
     """
-    owners = [index * source.size // len(files) for index in range(len(files))]
-    queues: list[list[tuple[PlannedFile, Unit, str]]] = [[] for _ in range(source.size)]
+    owners = [index * size // len(files) for index in range(len(files))]
+    queues: list[list[tuple[PlannedFile, Unit, str]]] = [[] for _ in range(size)]
     for file, owner in zip(files, owners, strict=True):
         queues[owner] += [(file, unit, name) for unit in file.units for name in unit.sources]
     sink = _FileSink(folder)
     for turn in zip_longest(*queues):
-        tensor = source.collect([None if task is None else Request(task[2], task[1].dtype) for task in turn])
-        mine = turn[source.rank]
+        tensor = collect([None if task is None else Request(task[2], task[1].dtype) for task in turn])
+        mine = turn[rank]
         if mine is not None and tensor is not None:
             file, unit, name = mine
             sink.take(file, unit, name, tensor)

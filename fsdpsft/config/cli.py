@@ -15,8 +15,9 @@ from fsdpsft.config.schema import Config
 from fsdpsft.config.yaml_file import CONF_DIR
 from fsdpsft.errors import RunFailed, UserError
 
-USAGE = """usage: [torchrun --nproc_per_node=N] -m {module} key=value …
+USAGE = """usage: [torchrun --nproc_per_node=N] -m {module} [run.yaml] key=value …
 
+  run.yaml                    a file of the keys it sets, such as the config.yaml of a run; key=value beats it
   --help                      this text and every key
   --cfg job                   print the settings as they come out, and exit
   --config-dir DIR            folder of your own YAML

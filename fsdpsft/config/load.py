@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fsdpsft.config.names import ALIASES, unknown_key
+from fsdpsft.config.names import ALIASES, peer_hint, unknown_key
 from fsdpsft.config.rules import check
 from fsdpsft.config.schema import KEYS, Config, Key
 from fsdpsft.config.yaml_file import CONF_DIR
@@ -156,10 +156,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     """Known keys of a YAML file, dotted."""
+    flat = flatten(read_yaml(path))
     try:
-        return {_known(name): value for name, value in flatten(read_yaml(path)).items()}
+        return {_known(name): value for name, value in flat.items()}
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        theirs = [name for name in flat if name not in KEYS and peer_hint(name)]
+        hint = f"; fsdpsft convert {path} rewrites another trainer's whole file" if len(theirs) > 1 else ""
+        raise ConfigError(f"{path}: {error}{hint}") from error
 
 
 def _compose(preset: str | None, config_dir: str | Path | None, config_name: str) -> DictConfig:

@@ -125,9 +125,13 @@ class DataConfig:
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     train_on_turns: str = key("all", "{choices}: which assistant turns are trained", choices=("all", "last"))
     history: str = key(
-        "as_rendered",
-        "{choices}: one sample per assistant turn, as inference sees it",
-        choices=("as_rendered", "per_turn"),
+        "auto",
+        "{choices}: if earlier turns get rewritten; auto: as inference does",
+        choices=("auto", "as_rendered", "per_turn"),
+    )
+    may_drop: list[str] = key(
+        [],
+        "what rows may give that the template does not print, e.g. [reasoning, tools]",
     )
     chat_template: str | None = key(
         None, "a Jinja file, its text, or `chatml`; null: the model's own. Saved with the model"
@@ -323,7 +327,7 @@ class TrainerConfig:
     max_shard_size: str = key("5GB", "of a safetensors file", on_resume="free", needs=EXPORT)
     verify_export: bool = key(
         True,
-        "load each saved model (4 bytes a parameter, one process) and compare its losses",
+        "read each saved model again, one block at a time, and compare its losses",
         on_resume="free",
         needs=EXPORT,
     )

@@ -1,13 +1,11 @@
 """Attention that keeps documents apart: one function registered with transformers, one context a micro-batch.
 
-How a batch's bounds reach the kernel, without any module-global state: the train step passes
-``attention_context=AttentionContext(...)`` to the Hugging Face model's forward; the model hands its keyword arguments
-down to the attention function registered under ``IMPLEMENTATION``; that function calls ``context.attend``, which is a
-backend of ``attention_backends.py``, wrapped in the Ulysses exchange where sequence parallelism is on. This module
-therefore knows neither kernels nor process groups.
+The train step passes ``attention_context=AttentionContext(...)`` to the model's forward. The model passes its keyword
+arguments on to the attention function registered as ``IMPLEMENTATION``. That function calls ``context.attend``: a
+backend of ``attention_backends.py``, inside the Ulysses exchange where there is one. No global state is involved.
 
-No *mask* function is registered under our name, on purpose: transformers then skips mask creation at once. With one,
-even one that returns None, it would first look for packed sequences in ``position_ids`` and wait for the device.
+No *mask* function is registered under our name, so transformers makes no mask. If there were one, even one that returns
+None, transformers would look for packed sequences in ``position_ids`` and wait for the device.
 """
 
 from __future__ import annotations
@@ -56,18 +54,17 @@ class AttentionSpec:
     dropout: float = 0.0
 
     def for_heads(self, start: int, stop: int) -> AttentionSpec:
-        """The same for query heads ``start:stop`` alone, for a rank that works on some of the heads."""
+        """The same for query heads ``start:stop``."""
         return self if self.sinks is None else replace(self, sinks=self.sinks[start:stop])
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Document bounds of one micro-batch, whole and unsharded, and the function that honours them.
+    """Document bounds of one micro-batch, never sharded, and the function that honours them.
 
     Attributes:
         cu_seqlens: [N + 1] int32 on the device, bounds in the flat token axis (rows laid end to end).
-        seqlens: the documents' lengths as host integers, so that no step waits for the device.
-        max_seqlen: the longest of them.
+        seqlens: the documents' lengths as host integers; max_seqlen is the longest.
         attend: ``attend(q, k, v, spec, context)``: q [R, H, S, E] and k, v [R, K, S, E] to [R, H, S, E].
         derived: what a backend computes once from the bounds and keeps for the other layers (a block mask).
     """
@@ -106,18 +103,18 @@ def attention_forward(
     """The function transformers calls in every attention layer.
 
     Args:
-        module: the attention layer, for messages and for what it declares of itself.
+        module: the attention layer.
         query: [R, H, S, E]; ``key`` and ``value``: [R, K, S, E].
         attention_mask: must be None: bounds come from ``attention_context``.
-        scaling: see ``AttentionSpec``, as are ``dropout``, ``sliding_window``, ``softcap`` and ``s_aux`` (sinks).
+        scaling, dropout, sliding_window, softcap, s_aux: see ``AttentionSpec``; ``s_aux`` are the sinks.
         attention_context: the micro-batch's bounds.
-        **kwargs: what the model passes to any attention function; those that would change the result are refused.
+        **kwargs: what the model passes to any attention function; what would change the result is refused.
 
     Returns:
-        [R, S, H, E] as transformers wants it, and None for the attention weights.
+        [R, S, H, E], and None for the attention weights.
 
     Raises:
-        ModelError: the architecture dropped the context on its way here, or asks for what would be ignored.
+        ModelError: the architecture did not pass the context on, or asks for something that would be ignored.
     """
     if attention_context is None:
         raise _unsupported(module, "does not pass its keyword arguments on to attention, so document bounds are lost")
@@ -148,8 +145,8 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 def check_architecture(model: PreTrainedModel, *, packed: bool) -> None:
     """Refuse, by name, a model that cannot keep packed documents apart or does not use our attention.
 
-    Layers that carry a state along the row (recurrent, linear attention, convolution) leak it from one packed document
-    into the next. One padded row a document is safe for them, as filler comes last.
+    Layers that carry a state along the row (recurrent, linear attention, convolution) carry it into the next packed
+    document. One padded row a document is safe for them, as padding comes last.
 
     Raises:
         ModelError: naming the architecture, the layer and the key to change.
@@ -174,8 +171,8 @@ def check_architecture(model: PreTrainedModel, *, packed: bool) -> None:
 
 
 def _uses_attention_interface(model: PreTrainedModel) -> bool:
-    # Hybrid families leave the class flag unset though their attention layers do look the function up; a modeling file
-    # that does so has imported the table it looks in.
+    # Hybrid families do not set the class flag, though their attention layers look the function up; their modeling file
+    # then has imported the table.
     modeling_file = sys.modules[type(model).__module__]
     return model._supports_attention_backend or hasattr(modeling_file, "ALL_ATTENTION_FUNCTIONS")
 
@@ -199,19 +196,19 @@ def isolation_probe(
     device: torch.device | str = "cpu",
     lengths: tuple[int, ...] = (13, 5, 22, 8),
 ) -> float:
-    """Prove that packed documents do not see each other, by changing one and watching the others.
+    """Prove that packed documents do not see each other: change one, and compare the others' hidden states.
 
     Args:
         forward: ``forward(input_ids [1, T], position_ids [1, T], context)`` to hidden states [1, T, D] of the loaded
             model in evaluation mode.
         attend: the backend under test.
         vocab_size: ids are drawn below it.
-        device: where ``forward`` wants its inputs.
-        lengths: the documents' lengths; with a sliding window, one should be longer than it.
+        device: of the inputs.
+        lengths: the documents' lengths; one should be longer than the model's sliding window.
 
     Returns:
-        The largest absolute change of any hidden state outside the changed document, over all choices of it; exactly
-        0 for a deterministic kernel that keeps rule 6.
+        The largest absolute change of a hidden state outside the changed document, over all choices of it. A
+        deterministic kernel gives exactly 0.
 
     Raises:
         ModelError: the changed document's own states did not move, so the probe would prove nothing.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -121,10 +121,9 @@ def objections(name: str, needs: Requirements) -> list[str]:
     return found
 
 
-Prove = Callable[[Attend, Requirements], str | None]
-
-
-def choose_backend(name: str, needs: Requirements, prove: Prove | None = None) -> Backend:
+def choose_backend(
+    name: str, needs: Requirements, prove: Callable[[Attend, Requirements], str | None] | None = None
+) -> Backend:
     """Return the named backend, or for ``auto`` the first of ``BACKENDS`` (fastest first) that serves ``needs``.
 
     Args:
@@ -137,33 +136,21 @@ def choose_backend(name: str, needs: Requirements, prove: Prove | None = None) -
     """
     if name != "auto" and name not in BACKENDS:
         raise ConfigError(f"model.attn_implementation={name} is not known; choose auto or one of {list(BACKENDS)}.")
-    refused: dict[str, list[str]] = {}
-    for candidate in _automatic(needs) if name == "auto" else [name]:
-        refused[candidate] = objections(candidate, needs)
-        if refused[candidate]:
-            continue
-        backend = BACKENDS[candidate]
-        for attend in filter(None, (backend.attend, backend.second)):
+    automatic = [n for n, b in BACKENDS.items() if b.auto_for is None or b.auto_for & needs.features]
+    refused: list[str] = []
+    for candidate in automatic if name == "auto" else [name]:
+        reasons, backend = objections(candidate, needs), BACKENDS[candidate]
+        for attend in filter(None, () if reasons else (backend.attend, backend.second)):
             wrong = (prove or disagreement)(attend, needs)
             if wrong is None:
-                _announce(f"{candidate} ({attend.__name__})", refused)
+                log.info("Attention: %s", "; not ".join([f"{candidate} ({attend.__name__})", *refused, *reasons]))
                 return replace(backend, attend=attend) if attend is backend.second else backend
-            refused[candidate].append(f"{attend.__name__}: {wrong}")
-    reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in refused.items())
+            reasons.append(f"{attend.__name__}: {wrong}")
+        refused.append(f"{candidate}: {', '.join(reasons)}")
     raise ConfigError(
-        f"model.attn_implementation={name} cannot be used: {reasons}. "
+        f"model.attn_implementation={name} cannot be used: {'; '.join(refused)}. "
         "Set model.attn_implementation=auto, or sdpa, which has every feature."
     )
-
-
-def _automatic(needs: Requirements) -> Iterable[str]:
-    """Names that ``auto`` may take, the preferred one first."""
-    return (n for n, backend in BACKENDS.items() if backend.auto_for is None or backend.auto_for & needs.features)
-
-
-def _announce(chosen: str, refused: dict[str, list[str]]) -> None:
-    others = [f"not {name}: {', '.join(why)}" for name, why in refused.items() if why]
-    log.info("Attention: %s", "; ".join([chosen, *others]))
 
 
 def disagreement(attend: Attend, needs: Requirements) -> str | None:
@@ -251,14 +238,14 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> T
     )  # fmt: skip
 
 
-@outside_graph  # the loop's length is the batch's: tracing it would compile anew for each batch
+@outside_graph  # a traced loop over documents would be compiled again for each batch
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """The reference: ``scaled_dot_product_attention`` document by document, neighbours of one length together.
+    """The reference: ``scaled_dot_product_attention`` document by document, neighbours of equal length together.
 
-    Works on any device and has every feature. ``split`` is used rather than slices, as its backward is one
-    concatenation and not one zero-filled copy of the whole for each document.
+    Works on any device and has every feature. ``split`` instead of slices: its backward is one concatenation, theirs a
+    zero-filled copy of the whole for each document.
     """
-    if q.device.type == "cpu" and q.dtype in HALF:  # in float32 it is faster there: measured, a tenth of a whole step
+    if q.device.type == "cpu" and q.dtype in HALF:  # float32 saves a tenth of a whole step there, as measured
         return attend_sdpa(q.float(), k.float(), v.float(), spec, context).to(q.dtype)
     runs = [(len(list(group)), length) for length, group in groupby(context.seqlens)]
     sizes = [count * length for count, length in runs]
@@ -274,30 +261,34 @@ def _flash_window(window: int | None) -> tuple[int, int]:
     return (-1, -1) if window is None else (window - 1, 0)  # FlashAttention counts the keys left of the query's own
 
 
-def _varlen_arguments(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """What FlashAttention 2 and 3 have in common."""
+def _attend_flash(
+    module: str, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext, **options: Any
+) -> Tensor:
+    """FlashAttention by its Python package; some releases return the log-sum-exp beside the output."""
     bounds, longest = context.cu_seqlens, context.max_seqlen
-    common = {
-        "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest,
-        "softmax_scale": spec.scaling, "causal": True, "window_size": _flash_window(spec.sliding_window),
-        "softcap": spec.softcap or 0.0,
-    }  # fmt: skip
-    return [_lay_end_to_end(x) for x in (q, k, v)], common
+    result = import_module(module).flash_attn_varlen_func(
+        _lay_end_to_end(q), _lay_end_to_end(k), _lay_end_to_end(v), cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+        max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=spec.scaling, causal=True,
+        window_size=_flash_window(spec.sliding_window), softcap=spec.softcap or 0.0, **options,
+    )  # fmt: skip
+    return _back_to_rows(result[0] if isinstance(result, tuple) else result, q.shape[0])
 
 
 @outside_graph
 def attend_flash_2(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
     """FlashAttention 2 (package ``flash-attn`` 2.6 or later, for ``softcap``). On CUDA."""
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    return _attend_flash("flash_attn", q, k, v, spec, context, dropout_p=spec.dropout)
 
-    qkv, common = _varlen_arguments(q, k, v, spec, context)
-    return _back_to_rows(flash_attn_varlen_func(*qkv, dropout_p=spec.dropout, **common), q.shape[0])
+
+@outside_graph
+def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
+    """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. On CUDA."""
+    _refuse_dropout("flash_attention_3", spec)
+    return _attend_flash("flash_attn_interface", q, k, v, spec, context)
 
 
 def _refuse_dropout(name: str, spec: AttentionSpec) -> None:
-    """For a kernel without dropout: a family may have a name of its own for it, which ``requirements`` does not know.
+    """Refuse dropout in a kernel without it: ``requirements`` may not know a family's own name for it.
 
     Raises:
         ConfigError: the layer asks for dropout.
@@ -307,20 +298,6 @@ def _refuse_dropout(name: str, spec: AttentionSpec) -> None:
             f"model.attn_implementation={name} has no dropout, and a layer of this model asks for {spec.dropout}. Set "
             "model.attn_implementation=sdpa, or the dropout in the model's config.json to 0."
         )
-
-
-@outside_graph
-def attend_flash_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext) -> Tensor:
-    """FlashAttention 3 (module ``flash_attn_interface``), for Hopper. On CUDA.
-
-    Earlier releases return the output with the log-sum-exp, later ones the output alone.
-    """
-    from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    _refuse_dropout("flash_attention_3", spec)
-    qkv, common = _varlen_arguments(q, k, v, spec, context)
-    result = flash_attn_varlen_func(*qkv, **common)
-    return _back_to_rows(result[0] if isinstance(result, tuple) else result, q.shape[0])
 
 
 # Looked up here and not at each call, which would cut a compiled block's graph. torch 2.11 has no such flag, though
@@ -351,7 +328,7 @@ def attend_varlen_repeated(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec,
 
 
 def _block_mask(context: AttentionContext, window: int | None, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of this batch, made in the first layer that asks and kept for the others."""
+    """FlexAttention's mask of this batch and window, made by the first layer that needs it."""
     if window not in context.derived:
         total = sum(context.seqlens)
         lengths = context.cu_seqlens.diff()

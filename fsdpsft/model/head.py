@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fsdpsft.errors import ModelError
-from fsdpsft.loss import HeadFormula, head_logits
+from fsdpsft.loss import LINEAR, HeadFormula
 
 # Configuration keys by which transformers' models scale their logits: +1 multiplies by the value, -1 divides.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -26,17 +26,15 @@ _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
 @dataclass(frozen=True)
 class Head:
-    """What turns final hidden states into logits: ``cap * tanh(scale * (x W' + b) / cap)``.
+    """What turns final hidden states into logits.
 
     Attributes:
-        module: the linear module. Its weight is looked up at each use, for FSDP swaps it for the gathered one.
-        scale: factor on the linear map's output; 1 for most.
-        softcap: bound on the logits' size, or None.
+        module: the linear module. Its weight is looked up at each use, as FSDP swaps it for the gathered one.
+        formula: what is applied to its output.
     """
 
     module: nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
+    formula: HeadFormula = LINEAR
 
     @property
     def weight(self) -> Tensor:
@@ -52,14 +50,9 @@ class Head:
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    @property
-    def formula(self) -> HeadFormula:
-        """What the loss applies beyond the matrix product."""
-        return HeadFormula(self.scale, self.softcap)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] in float32, by the very function that the loss uses."""
-        return head_logits(hidden, self.weight, self.bias, self.formula)
+        """[..., D] -> [..., V] in float32, by the formula that the loss uses."""
+        return self.formula.logits(nn.functional.linear(hidden, self.weight, self.bias)).float()
 
 
 def head_of(causal_lm: PreTrainedModel) -> Head:
@@ -74,20 +67,20 @@ def head_of(causal_lm: PreTrainedModel) -> Head:
         raise ModelError("LoRA cannot be put on the head; list it in model.modules_to_save to train it whole.")
     if module is None or not isinstance(getattr(module, "weight", None), Tensor) or module.weight.ndim != 2:
         raise ModelError(f"{name} has no linear head, which the loss needs.")
-    return Head(module, *_scale_and_softcap(causal_lm.config))
+    return Head(module, _formula(causal_lm.config))
 
 
-def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """Read what a configuration says about logits; ``prove_head`` tells whether the model heeds it."""
+def _formula(config: Any) -> HeadFormula:
+    """What a configuration says about logits; ``prove_head`` checks that the model does it."""
     scale = 1.0
     for key, power in _SCALES.items():
         value = getattr(config, key, None)
         scale *= value**power if value is not None else 1.0
-    return float(scale), getattr(config, "final_logit_softcapping", None)
+    return HeadFormula(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 class _StubOutput(dict[str, Any]):
-    """Stands for any base model's output: the hidden states by name or first place, None for all else."""
+    """Any base model's output: hidden states under their name or index 0, None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden)
@@ -100,7 +93,7 @@ class _StubOutput(dict[str, Any]):
 
 
 class _StubBase(nn.Module):
-    """Stands for the base model: returns the same hidden states whatever it is given."""
+    """A base model that returns the same hidden states whatever it is given."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -114,11 +107,10 @@ class _StubBase(nn.Module):
 def prove_head(causal_lm: PreTrainedModel) -> None:
     """Run the model class's own forward on made-up hidden states and a small head, and compare it with ``Head``.
 
-    Nothing of the model's size is allocated: the stand-in shares no weights, is built by copying the module tree's
-    top level alone, and its head has 16 outputs.
+    Nothing of the model's size is allocated: the stand-in has the model's top level, no base model, and 16 outputs.
 
     Raises:
-        ModelError: the logits differ, so that training through our head would train another model than this one.
+        ModelError: the logits differ, so our head would train another model than this one.
     """
     plain_class = next(c for c in type(causal_lm).__mro__ if not issubclass(c, FSDPModule))
     refusal = f"{plain_class.__name__}'s head is more than a linear layer with a scale and a soft cap"
@@ -134,10 +126,9 @@ def prove_head(causal_lm: PreTrainedModel) -> None:
     for name, child in causal_lm.named_children():
         replacement = small if child is head_module else child
         setattr(stand_in, name, _StubBase(hidden) if name == causal_lm.base_model_prefix else replacement)
-    scale, softcap = _scale_and_softcap(causal_lm.config)
-    # weights far from the origin, so that a soft cap or a shift shows
+    # Weights far from the origin, so that a soft cap or a shift shows
     nn.init.normal_(small.weight, std=8 / math.sqrt(hidden.shape[-1]), generator=torch.Generator().manual_seed(1))
-    expected = Head(small, scale, softcap).logits(hidden)
+    expected = Head(small, _formula(causal_lm.config)).logits(hidden)
     try:
         found = stand_in.forward(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits
     except Exception as error:  # whatever it is, this class does not do what we think

@@ -7,7 +7,6 @@ model is built and stay real throughout, so that those no checkpoint holds (rota
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, local_block, retie, tied_groups
 from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError, and_more
+from fsdpsft.filesystem import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,7 @@ def load_model_config(path: Path, *, trust_remote_code: bool = False) -> PreTrai
     Raises:
         ModelError: the model brings its own code and ``trust_remote_code`` is off, is of an unknown type, or quantised.
     """
-    try:
-        described = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path / 'config.json'} is no JSON object: {error}") from error
+    described = read_object(path / "config.json", ModelError, "Fetch the model again.")
     if described.get("model_type") not in CONFIG_MAPPING and "auto_map" in described and not trust_remote_code:
         raise ModelError(
             f"{path} needs Python code that comes with the model ({described['auto_map']}). Read that code; if you "

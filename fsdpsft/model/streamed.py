@@ -34,7 +34,7 @@ class Part:
     whole: bool
 
     def tensors(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-        """Yield (name in the plain model, the module it hangs on, its name there, tensor) of all that files hold."""
+        """Yield (name in the plain model, the module that owns it, its name there, tensor) of all that files hold."""
         for below, module in self.module.named_modules() if self.whole else [("", self.module)]:
             prefix = ".".join(filter(None, (self.name, below)))
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -121,7 +121,7 @@ def token_losses(folder: Path, input_ids: Tensor) -> Tensor:
         _read_while_called(part, source)
     try:
         logits: Tensor = model(input_ids=input_ids[None], use_cache=False).logits[0, :-1].float()
-    except NotImplementedError as error:  # torch's word for reading a meta tensor
+    except NotImplementedError as error:  # what torch raises when a meta tensor is read
         raise ModelError(
             f"{type(model).__name__} reads weights of a part that it does not call, so the export cannot be proven "
             f"block by block ({error}). Set trainer.verify_export=false."
@@ -132,7 +132,7 @@ def token_losses(folder: Path, input_ids: Tensor) -> Tensor:
 
 
 def _read_while_called(part: Part, source: WeightSource) -> None:
-    """Have the part's weights read when it is called and let go when it returns."""
+    """Have the part's weights read when it is called and freed when it returns."""
     called: list[contextlib.AbstractContextManager[None]] = []
 
     def before(module: nn.Module, arguments: object) -> None:

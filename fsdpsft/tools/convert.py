@@ -6,6 +6,7 @@ what takes more than one key to say. What cannot be carried over is named, never
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -13,7 +14,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ import yaml
 
 from fsdpsft.config.load import flatten, load_config, read_yaml
 from fsdpsft.config.names import ALIASES, TRAINERS, Peer, find_peer, other_trainers, peers
-from fsdpsft.config.schema import KEYS, Config
+from fsdpsft.config.schema import KEYS
 from fsdpsft.config.yaml_file import nested
 from fsdpsft.errors import ConfigError, UserError
 
@@ -52,7 +52,7 @@ class Conversion:
         typed: the names that stand in the file.
         values, origins: our keys, and what each was made from.
         lost: lines on what their run has and ours would not.
-        idle: lines on what nothing depends on.
+        idle: lines on what nothing depends on; ``off``: keys that are null or switched off.
         arithmetic: how the global batch came about.
     """
 
@@ -64,6 +64,7 @@ class Conversion:
     origins: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
+    off: list[str] = field(default_factory=list)
     arithmetic: str = ""
 
     @property
@@ -73,13 +74,7 @@ class Conversion:
 
     def first(self, *names: str) -> Any:
         """The value of the first of ``names`` that is set; None where none is."""
-        return next((self.given[name] for name in names if name in self.given), None)
-
-    def first_of(self, ours: str) -> tuple[str, Any]:
-        """Name and value of the first of their keys that is carried over to ``ours``; 1 where there is none."""
-        peers = {name: find_peer(name, self.trainer) for name in self.given}
-        matching = (name for name, peer in peers.items() if peer and peer.ours == ours and peer.how is None)
-        return next(((name, self.given[name]) for name in matching if self.given[name] is not None), (ours, 1))
+        return next((self.given[name] for name in names if self.given.get(name) is not None), None)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
@@ -92,10 +87,10 @@ def _batch(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
     """The global batch, from rows of one process and accumulation, or from axolotl's ``batch_size``, their product."""
     if name == "gradient_accumulation_steps" and c.first("batch_size") is not None:
         return {}
-    rows = [] if name == "batch_size" else [c.first_of("data.micro_batch_size_per_gpu")]
-    _, sharing = c.first_of("ulysses_sequence_parallel_size")
-    factors = [*rows, (name, value), ("world_size", c.world_size)]
-    total = math.prod(int(factor) for _, factor in factors) // max(1, int(sharing))
+    rows = [n for n in ("per_device_train_batch_size", "micro_batch_size") if n in c.given and name != "batch_size"]
+    sharing = int(c.first("context_parallel_size", "sequence_parallel_degree") or 1)
+    factors = [*((n, c.given[n]) for n in rows), (name, value), ("world_size", c.world_size)]
+    total = math.prod(int(factor) for _, factor in factors) // sharing
     shared = f" / {sharing} (processes that share a sequence)" if sharing != 1 else ""
     c.arithmetic = f"{ours} = {' * '.join(f'{factor} ({of})' for of, factor in factors)}{shared} = {total}"
     return {ours: total}
@@ -153,7 +148,7 @@ def _hub(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
 
 def _sources(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
     """A list of data sets, each with its place; what says how its rows are read is looked up as ``datasets.…``."""
-    places: list[Any] = []
+    places: list[str] = []
     for item in value:
         facts = dict(item) if isinstance(item, dict) else {"path": item}
         path, files, config, split = (facts.pop(key, None) for key in ("path", "data_files", "name", "split"))
@@ -165,7 +160,19 @@ def _sources(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
     return {ours: places}
 
 
+def _each(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
+    if len(_split(c.first("dataset") or "")) > 1:
+        raise _NotCarried(f"theirs is of each data set, {ours} of all together")
+    return {ours: value}
+
+
+def _rank(value: Any, name: str, ours: str, c: Conversion) -> dict[str, Any]:
+    return {ours: value} | ({} if "lora_alpha" in c.typed else {"model.lora_alpha": 2 * int(value)})
+
+
 RULES: dict[str, Rule] = {
+    "rank": _rank,
+    "each": _each,
     "same": lambda value, name, ours, c: {ours: value},
     "skip": lambda value, name, ours, c: {},
     "positive": lambda value, name, ours, c: {ours: value if value > 0 else None},
@@ -216,17 +223,19 @@ def _carry(name: str, value: Any, c: Conversion) -> None:
         peer = Peer("keys", ours=ALIASES.get(name, name))  # our names are verl's
     try:
         made = {} if peer is None and value in _OFF else _made(value, name, peer, c)
-        made = {ours: _number(setting, ours) for ours, setting in made.items()}
     except _NotCarried as reason:
         if peer is not None and peer.grave:
-            raise ConfigError(f"these settings are for something that is not done here: {line} - {reason}") from None
+            raise ConfigError(f"{line} asks for something that is not done here: {reason}") from None
         c.lost.append(f"{line} - {reason}")
         return
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{line} is no value that {TRAINERS[c.trainer]} takes ({error})") from error
     typed = name in c.typed or name.startswith("datasets.")
     if not made and typed:
-        c.idle.append(line if value in _OFF or peer is None else f"{line} - {peer.note}")
+        if peer is None or value in _OFF:
+            c.off.append(name)
+        else:
+            c.idle.append(f"{line} - {peer.note}")
     for ours, setting in made.items():
         taken = ours in c.values and not c.origins[ours].startswith("default")
         if not taken or setting != KEYS[ours].default:
@@ -251,40 +260,25 @@ def _made(value: Any, name: str, peer: Peer | None, c: Conversion) -> dict[str, 
     raise _NotCarried(peer.note or f"see {peer.ours}")
 
 
-def _number(setting: Any, ours: str) -> Any:
-    """A number that stands in quotes as a number, where ours is one."""
-    types = {KEYS[ours].type, *get_args(KEYS[ours].type)}
-    return float(setting) if isinstance(setting, str) and types & {int, float} and str not in types else setting
-
-
 def _finish(c: Conversion) -> None:
-    """What no key says alone: adapters on or off, defaults that follow from others, keys without effect."""
+    """What no key says alone: adapters on or off, warmup or none, keys that cannot be or have no effect together."""
     section = other_trainers()[c.trainer]
     if "lora" in section and c.first(section["lora"]["key"]) not in section["lora"]["values"]:
         c.values.pop("model.lora_rank", None)
-    elif c.trainer == "llamafactory" and "lora_alpha" not in c.typed:
-        c.values["model.lora_alpha"] = 2 * c.values["model.lora_rank"]
-        c.origins["model.lora_alpha"] = "default of LLaMA-Factory, twice the rank"
     if "constant" in (c.first("lr_scheduler_type"), c.first("lr_scheduler")):
-        c.values.pop("optim.warmup_steps", None)  # their plain constant schedule has no warmup
+        c.values.pop("optim.warmup_steps", None)
         c.values["optim.warmup_steps_ratio"] = 0.0
-        c.origins["optim.warmup_steps_ratio"] = "constant"
-    config = Config()
-    for ours, value in c.values.items():
-        *sections, leaf = ours.split(".")
-        setattr(reduce(getattr, sections, config), leaf, value)
-    for ours in list(c.values):
-        needs = KEYS[ours].needs
-        if needs is not None and not needs.holds(config):
-            del c.values[ours]
-            if not c.origins[ours].startswith("default"):
-                c.idle.append(f"{c.origins[ours]} - {ours} has no effect without {needs.text}")
+        c.origins["optim.warmup_steps_ratio"] = "constant there: without warmup"
     while faults := _faults(c):
-        c.lost += faults
-        named = {match[0] for fault in faults for match in re.finditer(r"^[\w.]+\b", fault) if match[0] in c.values}
+        words = {fault: [word for word in re.findall(r"[\w.]+", fault) if word in c.values] for fault in faults}
+        named = {fault: keys[0] for fault, keys in words.items() if keys}
         if not named:
             raise ConfigError(f"what was made of these settings cannot work: {'; '.join(faults)}")
-        c.values = {ours: value for ours, value in c.values.items() if ours not in named}
+        for fault, ours in named.items():
+            idle = "has no effect" in fault
+            if not idle or not c.origins[ours].startswith("default"):
+                (c.idle if idle else c.lost).append(f"{c.origins[ours]} - {fault}")
+            c.values.pop(ours, None)
 
 
 def _faults(c: Conversion) -> list[str]:
@@ -322,6 +316,7 @@ def text(c: Conversion, source: str) -> str:
     head.append(f"It differs: {other_trainers()[c.trainer]['remark']}")
     for title, lines in (("Not carried over:", c.lost), ("Without need here:", c.idle)):
         head += [title, *(f"  {line}" for line in lines)] if lines else []
+    head.append(f"Off there and here: {', '.join(c.off)}" if c.off else "")
     unset = [ours for ours in REQUIRED if ours not in c.values]
     head.append(f"To be given beside this file: {', '.join(unset)}" if unset else "")
     settings = [(ours, _dump(c.values[ours]), _line(c.origins[ours])) for ours in KEYS if ours in c.values]
@@ -333,6 +328,8 @@ def _line(part: str) -> str:
 
 
 def _dump(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)  # on one line, which YAML reads too
     dumped: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return dumped.removesuffix("...\n").strip()
 

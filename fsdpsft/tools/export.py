@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fsdpsft.checkpoint.export import Handoff, prove_model, write_hub_files
-from fsdpsft.checkpoint.files import copy_file, fsync_tree, require_space, write_json
 from fsdpsft.checkpoint.folder import MANIFEST, STEP_NAME, Manifest, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.manager import ADAPTER_FOLDER, HUB_FOLDER
 from fsdpsft.checkpoint.parameters import named_tensors
-from fsdpsft.checkpoint.pieces import Box, Piece, Request
+from fsdpsft.checkpoint.pieces import Box, Piece
 from fsdpsft.checkpoint.safetensors import TensorFiles, TensorSpec, open_model_files
 from fsdpsft.checkpoint.state import MODEL, STATE_FILE, STATE_FOLDER, Saved, read_state, saved_tensors
 from fsdpsft.checkpoint.tensor_plan import (
+    Collect,
     PlannedFile,
     StoredDtypes,
     Unit,
@@ -42,7 +42,7 @@ from fsdpsft.checkpoint.tensor_plan import (
 )
 from fsdpsft.config.load import parse_size
 from fsdpsft.errors import CheckpointError, ConfigError, UserError
-from fsdpsft.filesystem import fsync
+from fsdpsft.filesystem import copy_file, fsync, fsync_tree, require_space, write_json
 from fsdpsft.model import lora
 from fsdpsft.model.load import WeightSource, build_meta_model, load_model_config
 from fsdpsft.model.streamed import Part, allocate_trained, parts_of, present
@@ -75,22 +75,16 @@ class Options:
     trust_remote_code: bool = False
 
 
-class Local:
-    """Takes the place of ``checkpoint.pieces.Exchange``: whole tensors, all for one process."""
-
-    rank, size = 0, 1
-
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
-        """Take the function that returns a tensor by its name in the model."""
-        self._read = read
-
-    def collect(self, wanted: Sequence[Request | None]) -> Tensor | None:
-        """Return the whole of ``wanted[0]``."""
-        (request,) = wanted
-        return None if request is None else self._read(request.name).to(request.dtype)
+Read = Callable[[str], Tensor]
+"""Returns a whole tensor by its name in the model."""
 
 
-def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Callable[[str], Tensor]:
+def collecting(read: Read) -> Collect:
+    """``read`` in the form that ``write_tensor_files`` wants, for one process."""
+    return lambda wanted: None if wanted[0] is None else read(wanted[0].name).to(wanted[0].dtype)
+
+
+def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Read:
     """Return a function that puts a tensor of ``trainer_state/`` together from the boxes its ranks wrote.
 
     Raises:
@@ -118,7 +112,7 @@ def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Callable[[str], T
     return read
 
 
-def merging_reader(model: PreTrainedModel, source: WeightSource) -> Callable[[str], Tensor]:
+def merging_reader(model: PreTrainedModel, source: WeightSource) -> Read:
     """Return a function that reads a tensor of the base and merges the adapter into it; one block is held at a time.
 
     Args:
@@ -185,7 +179,7 @@ def _write(source: Path, kind: str, folder: Path, options: Options) -> None:
         make = _from_state if content["complete"] else _from_adapter
         parts = make(source, content, options)
     require_space(folder, sum(file.nbytes for file in parts.files))
-    records = write_tensor_files(folder, parts.files, Local(parts.read))
+    records = write_tensor_files(folder, parts.files, collecting(parts.read))
     records.update(write_hub_files(folder, parts.files, parts.handoff))
     verdict = prove_model(folder, parts.files, parts.handoff, tied=parts.tied)
     write_manifest(folder, Manifest(parts.step, None, records, verdict, {"exported_from": str(source)}))
@@ -196,7 +190,7 @@ class _Parts:
     """What a model is written from."""
 
     files: list[PlannedFile]
-    read: Callable[[str], Tensor]
+    read: Read
     handoff: Handoff
     tied: bool | None = None
     step: int = 0
@@ -246,7 +240,7 @@ def _write_adapter(source: Path, kind: str, folder: Path, options: Options) -> N
         if not (source / ADAPTER_FOLDER).is_dir():
             raise CheckpointError(f"from={source} has no {ADAPTER_FOLDER}/: it was not trained with LoRA.")
         found = TensorFiles([source / ADAPTER_FOLDER / lora.ADAPTER_FILE])
-        read: Callable[[str], Tensor] = found.read
+        read: Read = found.read
         names = {name: name for name in found}
         shapes: Mapping[str, Saved] = {name: (entry.dtype, entry.shape) for name, entry in found.items()}
         copy_file(source / ADAPTER_FOLDER / lora.ADAPTER_CONFIG, folder / lora.ADAPTER_CONFIG)
@@ -260,7 +254,7 @@ def _write_adapter(source: Path, kind: str, folder: Path, options: Options) -> N
         write_json(folder / lora.ADAPTER_CONFIG, content["adapter_config"])
     described = ((name, kept, *shapes[kept]) for name, kept in names.items())
     units = [Unit((kept,), (TensorSpec(name, options.dtype or dtype, s),)) for name, kept, dtype, s in described]
-    write_tensor_files(folder, [PlannedFile(lora.ADAPTER_FILE, tuple(units))], Local(read))
+    write_tensor_files(folder, [PlannedFile(lora.ADAPTER_FILE, tuple(units))], collecting(read))
 
 
 def _handoff(source: Path, options: Options, stored: StoredDtypes | None = None) -> Handoff:

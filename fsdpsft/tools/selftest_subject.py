@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fsdpsft.batch import Sample
 from fsdpsft.checkpoint.export import carried_files
-from fsdpsft.checkpoint.files import copy_file
 from fsdpsft.checkpoint.parameters import full, hf_name
 from fsdpsft.checkpoint.tensor_plan import StoredDtypes
 from fsdpsft.config.schema import Config, ModelConfig
 from fsdpsft.data.batches.loader import Loader, LoaderSettings, Step
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError
+from fsdpsft.filesystem import copy_file
 from fsdpsft.model.block_proof import sampled, worst
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights, resolve_model_path
 from fsdpsft.model.memory import Work

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fsdpsft.checkpoint import export as export_module
 from fsdpsft.checkpoint.export import Handoff, carried_files, prove_model, source_template
-from fsdpsft.checkpoint.files import write_json
 from fsdpsft.checkpoint.manager import CheckpointManager
 from fsdpsft.checkpoint.parameters import named_tensors
 from fsdpsft.checkpoint.pieces import piece_of
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.checkpoint.tensor_plan import StoredDtypes, plan_export
 from fsdpsft.errors import CheckpointError, ModelError
+from fsdpsft.filesystem import write_json
 from fsdpsft.testing import save_tiny_model, tiny_model
 
 FAMILIES: dict[str, dict[str, object]] = {

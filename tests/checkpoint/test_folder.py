@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdpsft.checkpoint.files import record_of, write_json
 from fsdpsft.checkpoint.folder import INDEX_FILE, LOCK_FILE, Manifest, RunFolder, only_run_in, write_manifest
 from fsdpsft.errors import CheckpointError, ConfigError
-from fsdpsft.filesystem import is_held
+from fsdpsft.filesystem import is_held, record_of, write_json
 
 SHARDS = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 

@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fsdpsft.checkpoint import safetensors as tensor_writer
 from fsdpsft.checkpoint.export import Handoff, Probe
-from fsdpsft.checkpoint.files import record_of
 from fsdpsft.checkpoint.folder import read_manifest, write_manifest
-from fsdpsft.checkpoint.manager import CheckpointManager, patience
+from fsdpsft.checkpoint.manager import CheckpointManager
+from fsdpsft.checkpoint.pieces import patience
 from fsdpsft.checkpoint.state import STATE_FILE, TrainState
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import record_of
 from fsdpsft.model.streamed import token_losses
 from fsdpsft.testing import run_distributed, save_tiny_model
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdpsft.checkpoint.files import record_of
 from fsdpsft.checkpoint.pieces import Box, Exchange, Peers, Piece, Request, piece_of, rows_of
 from fsdpsft.checkpoint.safetensors import (
     DTYPE_NAMES,
@@ -17,6 +16,7 @@ from fsdpsft.checkpoint.safetensors import (
 )
 from fsdpsft.checkpoint.tensor_plan import Unit, split_into_files, write_tensor_files
 from fsdpsft.errors import CheckpointError
+from fsdpsft.filesystem import record_of
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path) -> None:
@@ -77,7 +77,7 @@ def test_wider_dtypes_come_first_in_a_file_so_that_each_is_aligned(tmp_path) -> 
     assert [s.name for s in file.specs] == ["b", "a", "c"]
     tensors = {"a": torch.ones(3), "b": torch.arange(2.0), "c": torch.zeros(1)}
     exchange = Exchange({name: piece_of(name, tensor, 0) for name, tensor in tensors.items()}, Peers())
-    records = write_tensor_files(tmp_path, [file], exchange)
+    records = write_tensor_files(tmp_path, [file], exchange.collect)
     loaded = load_file(tmp_path / "model.safetensors")
     assert torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"].bfloat16())
     assert records == {"model.safetensors": record_of(tmp_path / "model.safetensors")}

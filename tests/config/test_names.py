@@ -73,6 +73,12 @@ def test_trls_defaults_are_those_of_the_installed_one() -> None:
     assert stated == {}
 
 
+def test_a_whole_file_of_another_trainer_is_sent_to_convert(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\nlearning_rate: 1e-4\n")
+    with pytest.raises(ConfigError, match=r"here it is model.partial_pretrain.*fsdpsft convert .*a.yaml rewrites"):
+        load_config([str(tmp_path / "a.yaml")])
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

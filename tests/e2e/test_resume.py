@@ -12,7 +12,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from fsdpsft import train as run_training
 from fsdpsft.checkpoint.folder import read_manifest
 from fsdpsft.errors import CheckpointError
 from fsdpsft.signals import EXIT_REQUEUE, Stopped
-from fsdpsft.testing import run_distributed
+from fsdpsft.testing import free_port, run_distributed
 from fsdpsft.train import main
 from tests.e2e.killing import (
     STEPS_PER_EPOCH,
@@ -153,6 +155,32 @@ def test_torchrun_killed_whole_and_one_worker_that_comes_back(home: Path, two_pr
     assert (ended.kills, ended.code) == (1, 0), log.read_text()
     assert log.read_text().count("resuming at step") == 2
     assert differences(home / "torchrun", two_processes / "straight-2") == []
+
+
+def test_a_process_that_is_stuck_in_the_last_save_is_named(home: Path) -> None:
+    """Rank 1 is stopped while the only checkpoint is being written; rank 0 ends after trainer.timeout and says why."""
+    folder, log = home / "stuck", home / "stuck.log"
+    line = command(1, settings(home, "stuck", "trainer.save_freq=-1", "trainer.total_epochs=1", "trainer.timeout=5"))
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with log.open("wb") as output:
+        processes = [
+            subprocess.Popen(line, stdout=output, stderr=output, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ]
+    try:
+        while not any(folder.glob(".tmp-global_step_*")):
+            assert processes[0].poll() is None, log.read_text()
+            time.sleep(0.0005)
+        processes[1].send_signal(signal.SIGSTOP)
+        assert processes[0].wait(60) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    told = log.read_text()
+    assert "waited 5 s (trainer.timeout)" in told and "rank 0 was waiting for rank 1 to save" in told, told
+    assert "Traceback" not in told
 
 
 # --- stops ---

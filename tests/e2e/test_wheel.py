@@ -50,7 +50,7 @@ def test_wheel_holds_package_settings_and_licence_and_nothing_else(dist: Path) -
     found = names(next(dist.glob("*.whl")))
     assert {name.split("/")[0].split("-")[0] for name in found} == {"fsdpsft"}
     settings = {f"fsdpsft/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "conf").rglob("*.yaml")}
-    assert settings <= found
+    assert settings <= found and "fsdpsft/config/other_trainers.yaml" in found
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "fsdpsft").rglob("*.py")}
     assert {name for name in found if name.endswith(".py")} == modules
     assert {"fsdpsft/tools/page.html.j2", "fsdpsft/tools/style.css"} <= found
@@ -70,6 +70,9 @@ def test_command_runs_from_another_folder(installed: Path, tmp_path: Path) -> No
         sys.executable, "-c", "import fsdpsft; print(fsdpsft.__file__)", cwd=tmp_path, PYTHONPATH=str(installed)
     )
     assert Path(where.strip()).is_relative_to(installed)
+    assert "fsdpsft = fsdpsft.__main__:main" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
+    hint = run(sys.executable, "-m", "fsdpsft", "convert", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "world_size" in hint
     text = run(sys.executable, "-m", "fsdpsft.train", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "train_batch_size" in text
     job = run(

@@ -28,6 +28,8 @@ from fsdpsft.model.attention import (
 from fsdpsft.model.attention_backends import (
     BACKENDS,
     Requirements,
+    attend_flash_2,
+    attend_flash_3,
     attend_flex,
     attend_sdpa,
     attend_varlen,
@@ -162,6 +164,30 @@ def test_varlen_is_called_as_each_torch_version_wants(flag, attend, monkeypatch)
         torch.testing.assert_close(found[0], written_out(q[0], k[0], v[0], spec, (4, 5)), atol=1e-12, rtol=0)
     heads = 2 if attend is attend_varlen else 4
     assert heard == {"longest": 5, "bounds": [0, 4, 9], "heads": heads, "enable_gqa": flag}
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "softcap", "window+softcap"])
+@pytest.mark.parametrize(
+    ("module", "attend", "pair"),
+    [("flash_attn", attend_flash_2, False), ("flash_attn_interface", attend_flash_3, True)],
+)
+def test_flash_attention_is_called_by_its_documented_signature(module, attend, pair, name, monkeypatch):
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
+        dropout_p=0.0,
+    ):  # fmt: skip
+        assert causal and cu_seqlens_q.tolist() == cu_seqlens_k.tolist() == [0, 4, 9] and dropout_p == 0.0
+        assert (max_seqlen_q, max_seqlen_k) == (5, 5)
+        left, right = window_size
+        assert (left < 0 and right < 0) or right == 0
+        spec = AttentionSpec(softmax_scale, None if left < 0 else left + 1, softcap or None)
+        output = attend_sdpa(*(x.transpose(0, 1)[None] for x in (q, k, v)), spec, context_of((4, 5)))[0].transpose(0, 1)
+        return (output, None) if pair else output
+
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    q, k, v = random_qkv(4, 2, 9)
+    found = attend(q, k, v, SPECS[name], context_of((4, 5)))
+    torch.testing.assert_close(found[0], written_out(q[0], k[0], v[0], SPECS[name], (4, 5)), atol=1e-12, rtol=0)
 
 
 def family(name: str, **changes):
@@ -475,7 +501,7 @@ def test_a_kernel_that_fails_its_proof_gives_way(monkeypatch, caplog):
     monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], attend=broken, second=wrong_heads, **cpu))
     with caplog.at_level("INFO"):
         assert choose_backend("auto", needs("gqa", head_size=16)) is BACKENDS["sdpa"]
-    assert "not varlen: broken: ValueError: Expect query" in caplog.text
+    assert "; not varlen: broken: ValueError: Expect query" in caplog.text
     assert "wrong_heads: its output differs from attention by sdpa" in caplog.text
     with pytest.raises(ConfigError, match="varlen cannot be used: varlen: broken: ValueError"):
         choose_backend("varlen", needs("gqa", head_size=16))
@@ -484,4 +510,7 @@ def test_a_kernel_that_fails_its_proof_gives_way(monkeypatch, caplog):
         return attend_sdpa(*given)
 
     monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], second=repeated))
-    assert choose_backend("auto", needs("gqa", head_size=16)).attend is repeated
+    with caplog.at_level("INFO"):
+        assert choose_backend("auto", needs("gqa", head_size=16)).attend is repeated
+    assert caplog.messages[-1].startswith("Attention: varlen (repeated); not flash_attention_3: it runs on ['cuda']")
+    assert "; not broken: ValueError" in caplog.messages[-1]

@@ -237,7 +237,7 @@ def test_models_refused_by_name(tmp_path: Path, changes: dict[str, Any], message
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "null"])
 def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json is no JSON object"):
+    with pytest.raises(ModelError, match=r"config\.json is damaged"):
         load_model_config(tmp_path)
 
 

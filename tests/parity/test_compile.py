@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -129,16 +129,13 @@ def test_varlen_stands_inside_the_graph(
     """No break, and after the third batch nothing is compiled again: sizes and the longest document have changed."""
     seen = CompileCounterWithBackend("aot_eager")
     graphs_by_batch: list[int] = []
-    call = parallelize.ParallelModel.__call__
+    call, compiled = parallelize.ParallelModel.__call__, torch.compile
 
     def counted(self: Any, batch: Any, sources: int = 1) -> Any:
         graphs_by_batch.append(seen.frame_count)
         return call(self, batch, sources)
 
-    def compile_unit(unit: nn.Module) -> None:
-        unit.forward = torch.compile(unit.forward, backend=seen)
-
-    monkeypatch.setattr(parallelize, "compile_unit", compile_unit)
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=seen))
     monkeypatch.setattr(parallelize.ParallelModel, "__call__", counted)
     settings = [f"model.enable_gradient_checkpointing={mode}", "trainer.total_training_steps=3"]
     run_case(folder, FAMILY, f"varlen-{mode}-sdpa", settings)
@@ -147,9 +144,8 @@ def test_varlen_stands_inside_the_graph(
     counters.clear()
     run_case(folder, FAMILY, f"varlen-{mode}", [*settings, "model.attn_implementation=varlen", "model.compile=true"])
     assert not counters["graph_break"]
-    units = 2 if mode == "selective" else 1
     assert graphs_by_batch[3:] == [graphs_by_batch[3]] * (len(graphs_by_batch) - 3) and len(graphs_by_batch) >= 6
-    assert 2 <= graphs_by_batch[-1] <= 3 * units
+    assert 2 <= graphs_by_batch[-1] <= 6  # of attention and MLP: of fixed sizes, of any size, of any longest document
     for found, expected in zip(*(curves(folder, f"varlen-{mode}{end}") for end in ("", "-sdpa")), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 

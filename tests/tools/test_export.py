@@ -18,7 +18,7 @@ from fsdpsft.checkpoint.manager import Adapter, CheckpointManager
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.model import lora
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
-from fsdpsft.testing import save_tiny_model
+from fsdpsft.testing import PeakMemory, save_tiny_model
 from fsdpsft.tools.export import main
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] + message['content'] + '<|im_end|>' }}{% endfor %}"
@@ -194,3 +194,21 @@ def test_adapter_state_alone_gives_adapter_and_merged_model(lora_run, tmp_path) 
     assert files(tmp_path / "merged") == files(root / "global_step_1")
     assert main([f"from={root}/global_step_1", f"to={tmp_path}/again", "adapter=only"]) == 0
     assert load_file(tmp_path / "again/adapter_model.safetensors").keys() == left.keys()
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens"]}], ids=["adapters", "embedding-too"])
+def test_merging_holds_one_block_of_the_base(tmp_path, settings) -> None:
+    source = save_tiny_model(tmp_path / "source", num_hidden_layers=12, hidden_size=128, tie_word_embeddings=False)
+    model = with_adapters(source, **settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    train_step(model, optimizer)
+    train_step(model, optimizer)
+    save_lora(model, optimizer, source, tmp_path / "run")
+    step = tmp_path / "run/global_step_1"
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    with PeakMemory() as memory:
+        assert main([f"from={step}/trainer_state", f"to={tmp_path}/merged"]) == 0
+    assert files(tmp_path / "merged") == files(step)
+    whole = sum(p.nbytes for p in model.parameters())
+    assert memory.peak < trained + 3 * max(block, model.lm_head.weight.nbytes) < whole / 2 + trained

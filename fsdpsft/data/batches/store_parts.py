@@ -80,6 +80,8 @@ class Tally:
         duplicates: samples whose tokens are equal to an earlier one's (kept).
         escaped: samples with special-token text in their content, which was spelt as ordinary text.
         rewritten: trained turns that the template prints otherwise than inference would see them.
+        again, again_tokens: further samples of conversations whose history the template rewrites, and their tokens.
+        left_out: what conversations give and their texts do not hold, by kind (``data.may_drop``).
         dropped: samples left out on purpose, by reason.
         skipped: rows that could not be used, by reason.
         examples: the first messages about skipped and dropped rows.
@@ -93,6 +95,9 @@ class Tally:
     duplicates: int = 0
     escaped: int = 0
     rewritten: int = 0
+    again: int = 0
+    again_tokens: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -199,6 +204,9 @@ class Job:
             tally.truncated += cut
             tally.escaped += sample.escaped > 0
             tally.rewritten += sample.rewritten
+            tally.again += sample.again
+            tally.again_tokens += len(kept[0]) if sample.again else 0
+            tally.left_out.update(sample.left_out)
             yield (*kept, row.index)
 
     def _write(self, samples: Sequence[Laid], files: Mapping[str, BinaryIO], tally: Tally) -> None:

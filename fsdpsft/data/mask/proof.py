@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from transformers.utils import chat_template_utils
 
+from fsdpsft.data.mask.given import WITNESS
+from fsdpsft.data.mask.probe import texts_of
 from fsdpsft.data.mask.spans import Ids
 from fsdpsft.data.mask.template import ChatTemplate, Plan
-from fsdpsft.data.mask.turns import Span, TemplateText, texts_of
+from fsdpsft.data.mask.turns import Span, TemplateText
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import DataError
-
-_WITNESS = "\U0010f002"  # reserved, so it can stand in no conversation
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Finding:
 
     Attributes:
         name: ``refused``, ``prompt_ids``, ``prefix``, ``stop_not_trained``, ``stop_not_in_eos``, ``foreign_content``,
-            ``text_missing``; notes: ``history_rewritten``, ``escaped``, ``nothing_trained``, ``reasoning_dropped``.
+            ``text_missing``; notes: ``history_rewritten``, ``escaped``, ``nothing_trained``, ``left_out``.
         message: index of the message, or None where it concerns the conversation.
         text: what was found, for people.
         is_error: whether it breaks the rule of what is trained; the others are worth knowing.
@@ -57,6 +57,9 @@ def check_conversation(template: ChatTemplate, conversation: Conversation) -> li
     if plan.hiding.count:
         strings = ", ".join(map(repr, plan.hiding.originals.values()))
         findings.append(Finding("escaped", None, f"spelt as ordinary text in the content: {strings}", is_error=False))
+    for kind, index, piece in plan.left_out:
+        note = f"{kind.replace('_', ' ')} that the template does not print (data.may_drop): {piece[:60]!r}"
+        findings.append(Finding("left_out", index, note, is_error=False))
     for text, (ids, bounds) in zip(plan.texts, samples, strict=True):
         if not text.spans:
             findings.append(Finding("nothing_trained", None, "no token of this sample is trained", is_error=False))
@@ -99,10 +102,6 @@ def _check_turn(
         wanted = part.rpartition("</think>")[2].strip()
         if "".join(wanted.split()) not in "".join(trained.split()):
             yield Finding("text_missing", index, f"the trained tokens do not spell {wanted[:60]!r}")
-    for part in texts_of(message.get("reasoning_content")):
-        if "".join(part.split()) not in "".join(trained.split()):
-            note = "the template does not print the message's reasoning here"
-            yield Finding("reasoning_dropped", index, note, is_error=False)
 
 
 def _against_inference(
@@ -144,14 +143,14 @@ def _foreign(template: ChatTemplate, conversation: Conversation) -> Iterator[Fin
         return
     for text in plan.texts:
         for span in text.spans:
-            if any(plan.hiding.originals.get(character) == _WITNESS for character in text.text[span.start : span.end]):
+            if any(plan.hiding.originals.get(character) == WITNESS for character in text.text[span.start : span.end]):
                 yield Finding("foreign_content", span.message, "text of another message is among the trained tokens")
 
 
 def _witnessed(value: Any) -> Any:
     """``value`` with a witness in the middle of each string, where prefix, suffix and trimming don't feel it."""
     if isinstance(value, str) and value.strip():
-        return value[: (len(value) + 1) // 2] + _WITNESS + value[(len(value) + 1) // 2 :]
+        return value[: (len(value) + 1) // 2] + WITNESS + value[(len(value) + 1) // 2 :]
     if isinstance(value, dict):
         return {key: _witnessed(item) for key, item in value.items()}
     return [_witnessed(item) for item in value] if isinstance(value, list) else value

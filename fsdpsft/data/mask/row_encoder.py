@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdpsft.data.mask.template import ChatTemplate, Encoded, History, SpecialTokens
+from fsdpsft.data.mask.template import ChatTemplate, Encoded, SpecialTokens
+from fsdpsft.data.mask.turns import History
 from fsdpsft.data.rows.conversation import (
     Conversation,
     CustomRows,
@@ -44,7 +45,7 @@ class RowEncoder:
         row_format: which columns hold what.
         chat_template: a file, Jinja text, or "chatml"; None takes the tokenizer's own.
         template_kwargs: template variables for every conversation.
-        special_tokens_in_content, history, eos_token_ids: see ``ChatTemplate``.
+        special_tokens_in_content, history, eos_token_ids, may_drop: see ``ChatTemplate``.
         custom_cls: (Python file, class name) of the user's own reader of rows.
         now: the time that templates which print the date see, in all processes.
 
@@ -58,9 +59,10 @@ class RowEncoder:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     special_tokens_in_content: SpecialTokens = "escape"
-    history: History = "as_rendered"
+    history: History = "auto"
     eos_token_ids: Sequence[int] = ()
     custom_cls: tuple[str, str] | None = None
+    may_drop: Sequence[str] = ()
     now: datetime = field(default_factory=datetime.now)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class RowEncoder:
             self.history,
             self.eos_token_ids,
             self.now,
+            self.may_drop,
         )
 
     @cached_property

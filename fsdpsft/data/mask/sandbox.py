@@ -8,6 +8,7 @@ render has a budget. Operations that could make a large value at once are looked
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,10 +26,11 @@ LARGEST = 1 << 25
 """Most characters or items of one value, and the largest number given to a function."""
 
 _CALL = 16
-_CHARACTERS = 4096
+_CHARACTERS = 64
+_FEW = 16
 _MOST_BITS = 1 << 16
 _WIDTH = re.compile(r"%[-#0 +]*(?:\d*\.)?(?:\*|\d{7})|\{[^{}]*\d{7}")
-_JOIN, _STEP = "_fsdpsft_join", "_fsdpsft_step"
+_JOIN, _SUM, _STEP, _KEEP = "_fsdpsft_join", "_fsdpsft_sum", "_fsdpsft_step", "_fsdpsft_keep"
 
 
 class LimitedTemplates:
@@ -47,7 +49,14 @@ class LimitedTemplates:
         environment.binop_table = environment.binop_table | sums
         environment.intercepted_binops = frozenset(sums)
         growing = {name: self._measured(environment.filters[name], check) for name, check in _FILTERS.items()}
-        environment.filters = environment.filters | growing | {_JOIN: self._measured(_join, None), _STEP: self._step}
+        ours = {
+            _JOIN: self._measured(_join),
+            _SUM: self._measured(operator.add),
+            _STEP: self._step,
+            _KEEP: self._measure,
+        }
+        environment.filters = environment.filters | growing | ours
+        environment.finalize = self._measure  # of all that is printed
         environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
         self._call = environment.call
         environment.call = self._checked_call  # type: ignore[method-assign]
@@ -65,24 +74,23 @@ class LimitedTemplates:
         if self._left < 0:
             raise SecurityError("it loops too often, or makes too much text")
 
-    def _measure(self, result: Any) -> None:
+    def _measure(self, result: Any) -> Any:
         if isinstance(result, str | list | tuple) and len(result) > _CHARACTERS:
             _require(len(result))
             self._spend(len(result) // _CHARACTERS)
+        return result
 
     @jinja2.pass_context  # which also keeps the compiler from evaluating it once
     def _step(self, _: jinja2.runtime.Context, value: str) -> str:
         self._spend(1)
         return value
 
-    def _measured(self, function: Callable[..., Any], check: Callable[..., None] | None) -> Callable[..., Any]:
+    def _measured(self, function: Callable[..., Any], check: Callable[..., None] | None = None) -> Callable[..., Any]:
         @functools.wraps(function)
         def measured(*arguments: Any, **named: Any) -> Any:
             if check is not None:
                 check(*arguments, *named.values())
-            result = function(*arguments, **named)
-            self._measure(result)
-            return result
+            return self._measure(function(*arguments, **named))
 
         return measured
 
@@ -93,17 +101,39 @@ class LimitedTemplates:
             if called.__name__.startswith("format"):
                 _check_format(owner)
             _check_growth(owner, *arguments, *named.values())
-        result = self._call(context, called, *arguments, **named)
-        self._measure(result)
-        return result
+        return self._measure(self._call(context, called, *arguments, **named))
 
 
 class _Stepping(NodeTransformer):
-    """Counts the iterations of loops, and makes ``~`` a filter, which can be checked."""
+    """Counts the iterations of loops, and makes sums and ``~`` filters, which can be measured.
+
+    Short sums that are printed stay as they are: printing measures, and most sums of most templates are printed.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         node.body.insert(0, nodes.Output([nodes.Filter(nodes.Const(""), _STEP, [], [], None, None)]))
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
+        node.nodes = [
+            self._visit_terms(n) if sum(1 for _ in n.find_all(nodes.Add)) < _FEW else self.visit(n) for n in node.nodes
+        ]
+        return node
+
+    def _visit_terms(self, node: nodes.Node) -> Any:
+        if not isinstance(node, nodes.Add):
+            return self.visit(node)
+        node.left, node.right = self._visit_terms(node.left), self._visit_terms(node.right)
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return nodes.Filter(node.left, _SUM, [node.right], [], None, None)
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.filter = nodes.Filter(node.filter, _KEEP, [], [], None, None)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
@@ -157,8 +187,8 @@ def _check_growth(*given: Any) -> None:
         _require(len(text) * len(values) + sum(len(item) for item in values if isinstance(item, str)))
 
 
-_OPERATORS: dict[str, Callable[..., None] | None] = {
-    "+": None, "*": _check_product, "**": _check_power, "%": _check_format
+_OPERATORS: dict[str, Callable[..., None]] = {
+    "*": _check_product, "**": _check_power, "%": _check_format
 }  # fmt: skip
 _FILTERS: dict[str, Callable[..., None]] = {"format": _check_format} | dict.fromkeys(
     ("batch", "center", "indent", "join", "replace", "round", "slice", "sum", "tojson", "wordwrap"), _check_growth

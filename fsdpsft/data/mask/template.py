@@ -12,10 +12,14 @@ The proof, for assistant message ``i`` of ``messages``, from three renders of th
 * ``whole``, of all messages. Where it starts with ``prompt + reply``, training sees what inference sees.
 
 Templates that rewrite history (Qwen 3 drops the thoughts of earlier turns) print an earlier turn differently in
-``whole``. ``history="as_rendered"`` trains what is printed there, if it is the generation prompt followed by the reply
-with one piece cut out (the thought) and the same stop token; the model then sees, for earlier turns, prompts and
-replies as the template remembers them, not as inference makes them. ``history="per_turn"`` makes one sample of each
-trained turn's ``turn`` instead, so that each reply follows exactly the prompt that inference gives.
+``whole``. ``history`` says what becomes of such a conversation:
+
+* ``auto``: as few samples as hold each trained reply behind exactly the prompt that inference gives: ``whole`` where it
+  does, and a ``turn`` for each reply, or run of replies, that it does not hold so;
+* ``per_turn``: a sample of each trained turn's ``turn``;
+* ``as_rendered``: one sample, ``whole``. An earlier reply is trained as printed there, if that is the generation prompt
+  followed by the reply with one piece cut out (the thought) and the same stop token. Such replies are not what
+  inference makes; they are counted as rewritten.
 
 What cannot be proven is refused with a ``DataError`` that names the message and the reason. Nothing falls back.
 """
@@ -28,16 +32,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from fsdpsft.data.mask.given import KINDS, Given, Missing, missing, require_allowed
 from fsdpsft.data.mask.rendering import RESERVED, Hiding, JinjaTemplate, Message
 from fsdpsft.data.mask.spans import Ids, SpanTokenizer
-from fsdpsft.data.mask.turns import Span, TemplateText, TurnProver, refuse
+from fsdpsft.data.mask.turns import History, Span, TemplateText, TurnProver, refuse
 from fsdpsft.data.rows.conversation import Conversation
 from fsdpsft.errors import ConfigError, DataError, RowError
 
@@ -47,7 +52,6 @@ MASK_VERSION = 2
 _REASONING = {"reasoning_content", "reasoning", "thinking"}
 _SPECIAL_IN_CONTENT = "special token in content"
 
-History: TypeAlias = Literal["as_rendered", "per_turn"]
 SpecialTokens: TypeAlias = Literal["escape", "refuse"]
 
 # The template of ``data.chat_template=chatml``. STOP is <|im_end|> where the tokenizer has it, else its EOS token.
@@ -82,12 +86,17 @@ class Encoded(NamedTuple):
         loss_weights: [L] float32, aligned with ``input_ids``: 0 where the token is not trained.
         escaped: how many special-token strings in the content were spelt as ordinary text.
         rewritten: how many trained turns the template prints otherwise than inference would see them.
+        again: this is a further sample of its conversation, made because the template rewrites history.
+        left_out: the kind of each thing that the conversation gives and the text does not hold, as allowed by
+            ``may_drop``; on one of its samples.
     """
 
     input_ids: Ids
     loss_weights: NDArray[np.float32]
     escaped: int = 0
     rewritten: int = 0
+    again: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -97,11 +106,13 @@ class Plan(NamedTuple):
         texts: one, or one per trained turn; with placeholders where something is hidden.
         messages: the messages as the template takes them, nothing hidden.
         hiding: what the placeholders stand for.
+        left_out: what the conversation gives and no text holds.
     """
 
     texts: tuple[TemplateText, ...]
     messages: Sequence[Message]
     hiding: Hiding
+    left_out: tuple[Missing, ...] = ()
 
 
 def resolve_template(named: str | None, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
@@ -142,8 +153,9 @@ class ChatTemplate:
             own ``template_kwargs`` go before them.
         special_tokens_in_content: what to do with the text of special tokens in messages and tools: ``escape`` spells
             it as ordinary text, ``refuse`` rejects the conversation. Special are tokens with ``special=True``, stop
-            tokens, and those that the template prints around messages (``TurnProver.markers``).
-        history: one sample per conversation ``as_rendered``, or one per trained assistant turn (``per_turn``).
+            tokens, and those that the template prints around messages (``TemplateForm.markers``).
+        history: ``auto``, ``per_turn`` or ``as_rendered``, see above.
+        may_drop: kinds of what a conversation gives (``given.KINDS``) that the template need not print.
         eos_token_ids: ``generation_config.eos_token_id`` as a list; ``check`` compares stop tokens with it.
         now: what ``strftime_now`` reports in templates that print the date; by default the moment of construction.
 
@@ -158,19 +170,23 @@ class ChatTemplate:
         template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
         special_tokens_in_content: SpecialTokens = "escape",
-        history: History = "as_rendered",
+        history: History = "auto",
         eos_token_ids: Sequence[int] = (),
         now: datetime | None = None,
+        may_drop: Sequence[str] = (),
     ) -> None:
         """Compile the template; see the class."""
         if special_tokens_in_content not in ("escape", "refuse"):
             raise ConfigError(f"special_tokens_in_content={special_tokens_in_content!r}: 'escape' or 'refuse'")
-        if history not in ("as_rendered", "per_turn"):
-            raise ConfigError(f"data.history={history!r}: 'as_rendered' or 'per_turn'")
+        if history not in get_args(History):
+            raise ConfigError(f"data.history={history!r}: one of {', '.join(get_args(History))}")
+        if unknown := [kind for kind in may_drop if kind not in KINDS]:
+            raise ConfigError(f"data.may_drop={unknown}: the kinds are {', '.join(KINDS)}")
         self.tokenizer = tokenizer
         self.replaced = template is not None
         self.eos_token_ids = tuple(eos_token_ids)
         self.history = history
+        self.may_drop = frozenset(may_drop)
         self.special_tokens_in_content = special_tokens_in_content
         self.tokens = SpanTokenizer(tokenizer, self.eos_token_ids)
         self.now = now or datetime.now()
@@ -186,7 +202,7 @@ class ChatTemplate:
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
         for prover in {self._prover, self._tool_prover}:
-            self.tokens.guard(prover.markers(self.variables))
+            self.tokens.guard(prover.form.markers(self.tokens))
         self._hidden = re.compile(f"{self.tokens.guarded_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
@@ -201,10 +217,10 @@ class ChatTemplate:
         """Hash of all that decides ids and masks: tokenizer, template, options, the mask code's version."""
         provers = (self._prover, self._tool_prover)
         dated = any(prover.template.prints_date for prover in provers)
-        parts = [
-            MASK_VERSION, [prover.template.text for prover in provers], self.variables, self.special_tokens_in_content,
-            self.history, self.eos_token_ids, self.now.date().isoformat() if dated else None, self.tokens.source,
-        ]  # fmt: skip
+        options = [self.special_tokens_in_content, self.history, sorted(self.may_drop), self.eos_token_ids]
+        day = self.now.date().isoformat() if dated else None
+        texts = [prover.template.text for prover in provers]
+        parts = [MASK_VERSION, texts, self.variables, options, day, self.tokens.source]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
@@ -239,9 +255,12 @@ class ChatTemplate:
 
     def _try_mask(self, plan: Plan, known: Sequence[Ids | None]) -> list[Encoded] | DataError:
         try:
-            return [self.mask(plan, text, ids) for text, ids in zip(plan.texts, known, strict=True)]
+            samples = [self.mask(plan, text, ids) for text, ids in zip(plan.texts, known, strict=True)]
         except DataError as error:
             return error
+        last = len(samples) - 1  # the longest
+        kinds = tuple(piece.kind for piece in plan.left_out)
+        return [s._replace(again=n < last, left_out=kinds if n == last else ()) for n, s in enumerate(samples)]
 
     def plan(self, conversation: Conversation) -> Plan:
         """Render a conversation and prove its trained spans."""
@@ -249,7 +268,7 @@ class ChatTemplate:
             raise RowError("the conversation has no messages", "no messages")
         hiding = Hiding(self.tokens.guarded_pattern, self._hidden)
         prover = self.prover(conversation)
-        plain = [prover.shaped(_prepared(message)) for message in conversation.messages]
+        plain = [prover.form.shaped(_prepared(message)) for message in conversation.messages]
         messages = [self._hide(index, message, hiding) for index, message in enumerate(plain)]
         variables = {**self.variables, **conversation.template_kwargs, "tools": hiding.hide(conversation.tools)}
         weights = {
@@ -259,10 +278,9 @@ class ChatTemplate:
             )
             if train and weight > 0 and message.get("role") == "assistant"
         }
-        if self.history == "per_turn":
-            texts = tuple(prover.per_turn(messages, weights, variables))
-        else:
-            texts = (prover.as_rendered(messages, weights, variables),)
+        texts = prover.texts(messages, weights, variables, self.history)
+        left_out = missing(Given(messages, variables, weights), texts, prover)
+        require_allowed(left_out, self.may_drop, hiding.restore)
         if hiding.count:
             variables["tools"] = conversation.tools
             for text in texts:
@@ -271,7 +289,7 @@ class ChatTemplate:
                     raise RowError(
                         "the template treats special-token text in the content in a way of its own", _SPECIAL_IN_CONTENT
                     )
-        return Plan(texts, plain, hiding)
+        return Plan(texts, plain, hiding, tuple(left_out))
 
     def _hide(self, index: int, message: Message, hiding: Hiding) -> Message:
         before = hiding.count

@@ -1,31 +1,21 @@
 """Where, in a rendered conversation, the characters are that the model itself must produce; proven from renders.
 
-``chat_template`` states the rule and the three renders of the proof; this module carries it out on text.
+``template`` states the rule and the three renders of the proof; this module carries it out on text.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
+from fsdpsft.data.mask.probe import TemplateForm, Variables, common, texts_of
 from fsdpsft.data.mask.rendering import JinjaTemplate, Message, Rendered
 from fsdpsft.data.mask.spans import SpanTokenizer
-from fsdpsft.errors import DataError, ModelError, RowError
+from fsdpsft.errors import DataError, RowError
 
-Variables = Mapping[str, Any]
+History: TypeAlias = Literal["auto", "as_rendered", "per_turn"]
 
-_PROBE = "probe of the reply"
-_NAME = "probe_of_calls"
-_ASK = {"role": "user", "content": "question"}
-_CALLING = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "id": "probe0000", "function": {"name": _NAME, "arguments": {"a": 1}}}],
-}
-# Added tokens that can mark something: they begin and end with a sign, and hold a letter.
-_MARK = re.compile(r"[^\w\s](?=.*[^\W\d_]).+[^\w\s]", re.DOTALL)
 _THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 
 
@@ -80,33 +70,35 @@ class _Turn(NamedTuple):
     def reply(self) -> str:
         return self.rendered.text[self.prompt_end : self.reply_end]
 
-
-def as_parts(message: Message) -> Message:
-    """The message with text content as a list of one part."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    def is_in(self, rendered: Rendered) -> bool:
+        """Whether a render begins with this turn's prompt and reply."""
+        return rendered is self.rendered or rendered.text.startswith(self.rendered.text[: self.reply_end])
 
 
-def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are JSON text."""
-    function = call.get("function", call)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return call
-    named = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return {**call, "function": named} if "function" in call else named
+class _Group(NamedTuple):
+    """Turns that are trained in one text, which renders the first ``messages`` messages."""
+
+    rendered: Rendered
+    messages: int
+    turns: list[_Turn]
 
 
-def _tag(name: str) -> str:
-    """``<x>`` for ``<x>`` and ``</x>``."""
-    return name.replace("</", "<", 1)
+def _by_prefix(whole: Rendered, messages: int, turns: Sequence[_Turn]) -> list[_Group]:
+    """As few texts as hold each turn behind its own prompt.
 
-
-def texts_of(content: Any) -> list[str]:
-    """The strings of a message's content, plain or in parts."""
-    if isinstance(content, str):
-        return [content]
-    return [str(part["text"]) for part in content or () if isinstance(part, dict) and "text" in part]
+    A turn's prompt and reply are the beginning of a text or are not, and the beginnings of one text begin with each
+    other. So the turns form a tree, and each leaf needs a text: from the last turn on, a turn that begins no text yet
+    gets one.
+    """
+    groups: list[_Group] = []
+    for turn in reversed(turns):
+        group = next((group for group in groups if turn.is_in(group.rendered)), None)
+        if group is None:
+            in_whole = turn.is_in(whole)
+            group = _Group(whole, messages, []) if in_whole else _Group(turn.rendered, turn.message + 1, [])
+            groups.append(group)
+        group.turns.insert(0, turn)
+    return groups[::-1] or [_Group(whole, messages, [])]
 
 
 def refuse(index: int, explanation: str) -> RowError:
@@ -129,12 +121,7 @@ class TurnProver:
         variables: template variables of every render.
 
     Attributes:
-        wants_parts: the template prints only content given as a list of parts (vision models).
-        header: the generation prompt after a plain question, to know it where it must not be.
-
-    Raises:
-        ModelError: the template has no generation prompt but prints a role header, so that training could not tell
-            the header from the reply.
+        form: what probes have shown of the template; raises ``ModelError`` where it has no generation prompt.
     """
 
     def __init__(
@@ -144,142 +131,49 @@ class TurnProver:
         self.template = template
         self._tokens = tokens
         self._stop_ids = frozenset(stop_token_ids)
-        self.wants_parts, self.header = self._probe(variables)
-        self._calls = (False, False)
-        self._calls = self._probe_calls(variables)
+        self.form = TemplateForm(template, variables)
 
-    def _probe(self, variables: Variables) -> tuple[bool, str]:
-        """Learn from a question and a reply how the template takes content and how it prompts."""
-        messages: list[Message] = [_ASK, {"role": "assistant", "content": _PROBE}]
-        for wants_parts in (False, True):
-            shaped = [as_parts(message) for message in messages] if wants_parts else messages
-            try:
-                prompt, before = (self.template.plain(shaped[:1], variables, generate) for generate in (True, False))
-                text = self.template.plain(shaped, variables, False)
-            except DataError:  # rejected in this form; conversations that are too say so themselves
-                continue
-            if _PROBE not in text or text[text.index(_PROBE) - 1] in "'\"":  # absent, or a list printed as it is
-                continue
-            header = prompt[_shared(prompt, before) :]
-            lead = text[_shared(prompt, text) : text.index(_PROBE)]
-            if not header.strip() and lead.strip():
-                raise ModelError(
-                    f"the chat template prints {lead!r} between the user's message and the reply, but with "
-                    "add_generation_prompt it prints nothing: inference would not prompt as training does. Print the "
-                    "assistant's header under {% if add_generation_prompt %} at the end of the template."
-                )
-            return wants_parts, header
-        return False, ""
+    def texts(
+        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables, history: History
+    ) -> tuple[TemplateText, ...]:
+        """The texts to train on, each with its trained spans; together they hold each trained message once.
 
-    def _probe_calls(self, variables: Variables) -> tuple[bool, bool]:
-        """Learn in which form the template prints a tool call: arguments as text, and no content beside it."""
-        for form in ((False, False), (True, False), (False, True), (True, True)):
-            self._calls = form
-            try:
-                text = self.template.plain([self.shaped(_ASK), self.shaped(_CALLING)], variables, False)
-            except DataError:
-                continue
-            if _NAME in text:
-                return form
-        return False, False
-
-    def shaped(self, message: Message) -> Message:
-        """The message in the form in which this template prints it."""
-        if self.wants_parts:
-            message = as_parts(message)
-        as_text, null_content = self._calls
-        if "tool_calls" not in message or not (as_text or null_content):
-            return message
-        if null_content and not message.get("content"):
-            message = {**message, "content": None}
-        return {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]} if as_text else message
-
-    def markers(self, variables: Variables) -> set[str]:
-        """Added tokens that are not special, but with which the template marks turns; content must not forge them.
-
-        Left out are what a reply itself may hold (``<think>``, which some templates print in each reply) and tags
-        around a tool's result (``<tool_response>``), which data sets write into messages.
+        Args:
+            messages: the conversation.
+            weights: the loss weight of each trained message, by index.
+            variables: of the template.
+            history: see ``template``.
         """
-        names = [name for name in self._tokens.added if name not in self._tokens.guarded and _MARK.fullmatch(name)]
-        if not names:
-            return set()
-        user, reply = {"role": "user", "content": "probe 0"}, {"role": "assistant", "content": "probe 1"}
-        probes = [[user, reply, {**user, "content": "probe 2"}], [{"role": "system", "content": "probe 3"}, user]]
-        frames, replies = zip(*(self._frame(probe, variables) for probe in probes), strict=True)
-        around, within = "".join(frames), "".join(replies)
-        said = {_tag(name) for name in names if name in within}
-        tags = {_tag(name) for name in names if "</" in name}
-        results = self._result_frame(variables)
-        return {name for name in names if name in around and _tag(name) not in said} | {
-            name for name in names if name in results and _tag(name) not in tags
-        }
-
-    def _frame(self, messages: Sequence[Message], variables: Variables) -> tuple[str, str]:
-        """What the template prints around the content of these messages: outside of replies, and within them."""
-        messages = [self.shaped(message) for message in messages]
-        frame = reply = ""
-        position = 0
-        try:
-            text = self.template.plain(messages, variables, False)
-            for index, message in enumerate(messages):
-                start = text.find(texts_of(message["content"])[0], position)
-                if start < 0:
-                    return "", ""
-                end = start
-                if message["role"] == "assistant":
-                    prompt = self.template.plain(messages[:index], variables, True)
-                    end = min(max(position, _shared(prompt, text)), start)
-                frame, reply = frame + text[position:end], reply + text[end:start]
-                position = start + len(texts_of(message["content"])[0])
-        except DataError:  # no system role, for instance
-            return "", ""
-        return frame + text[position:], reply
-
-    def _result_frame(self, variables: Variables) -> str:
-        """What the template prints from a tool's result on."""
-        result = {"role": "tool", "name": _NAME, "tool_call_id": "probe0000", "content": "probe 4"}
-        messages = [self.shaped(message) for message in (_ASK, _CALLING, result)]
-        try:
-            rendered = self.template.marked(messages, variables)
-        except DataError:  # no tools
-            return ""
-        owned = rendered.owned(2)
-        return rendered.text[owned[0][0] :] if owned else ""
-
-    def as_rendered(
-        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
-    ) -> TemplateText:
-        """The whole conversation as one text; ``weights`` holds the loss weight of each trained message by index."""
         whole = self.template.marked(messages, variables)
-        spans: list[Span] = []
-        for index, weight in weights.items():
-            turn = self._turn(messages, index, variables, whole)
+        turns: list[_Turn] = []
+        for index in weights:
+            turns.append(self._turn(messages, index, variables, whole))
             if index == len(messages) - 1:
-                whole = turn.rendered
-            spans += self._spans(whole, turn, weight)
-        return TemplateText(whole.text, tuple(spans), len(messages))
+                whole = turns[-1].rendered
+        if history == "as_rendered":
+            groups = [_Group(whole, len(messages), turns)]
+        elif history == "per_turn":
+            groups = [_Group(turn.rendered, turn.message + 1, [turn]) for turn in turns]
+        else:
+            groups = _by_prefix(whole, len(messages), turns)
+        return tuple(
+            TemplateText(
+                group.rendered.text,
+                tuple(s for turn in group.turns for s in self._spans(group.rendered, turn, weights[turn.message])),
+                group.messages,
+            )
+            for group in groups
+        )
 
-    def per_turn(
-        self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables
-    ) -> list[TemplateText]:
-        """A text per trained message: the conversation up to and including it, as inference would have it."""
-        texts = []
-        for index, weight in weights.items():
-            turn = self._turn(messages, index, variables, None)
-            texts.append(TemplateText(turn.rendered.text, self._spans(turn.rendered, turn, weight), index + 1))
-        return texts
-
-    def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered | None) -> _Turn:
+    def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered) -> _Turn:
         try:
             prompt = self.template.plain(messages[:index], variables, True)
         except DataError as error:
             raise refuse(index, f"no generation prompt can be rendered for it: {error}") from error
-        if whole is None or index < len(messages) - 1:
-            rendered = self.template.marked(messages[: index + 1], variables)
-        else:
-            rendered = whole
+        is_last = index == len(messages) - 1
+        rendered = whole if is_last else self.template.marked(messages[: index + 1], variables)
         if not rendered.text.startswith(prompt):
-            shared = len(re.sub(r"[^\s>]*\Z", "", prompt[: _shared(prompt, rendered.text)]))
+            shared = len(re.sub(r"[^\s>]*\Z", "", prompt[: common(prompt, rendered.text)]))
             raise refuse(
                 index,
                 f"the generation prompt ends in {_excerpt(prompt[shared:])} where the template prints the turn as "
@@ -293,11 +187,11 @@ class TurnProver:
             raise refuse(index, "the template prints the message in several places; its reply cannot be told apart")
         turn = self._close(_Turn(index, rendered, start, len(prompt), end, ""), messages, variables)
         self._require_complete(turn, messages[index])
-        if self.header.strip() and turn.reply.lstrip().startswith(self.header.strip()):
+        if self.form.header.strip() and turn.reply.lstrip().startswith(self.form.header.strip()):
             raise refuse(
                 index,
-                f"with add_generation_prompt the template does not print {_excerpt(self.header)} here; the reply would "
-                "begin with the role header, which is never trained",
+                f"with add_generation_prompt the template does not print {_excerpt(self.form.header)} here; the reply "
+                "would begin with the role header, which is never trained",
             )
         return turn
 
@@ -363,7 +257,7 @@ class TurnProver:
                 raise refuse(turn.message, f"the template does not print {_excerpt(text)} of the message as it is")
 
     def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
-        exact = whole is turn.rendered or whole.text.startswith(turn.rendered.text[: turn.reply_end])
+        exact = turn.is_in(whole)
         start, end = (turn.prompt_end, turn.reply_end) if exact else self._rewritten(whole, turn)
         pieces = [(start, end)]
         if self.template.has_blocks:
@@ -374,7 +268,7 @@ class TurnProver:
 
     def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
         """(start, end) of a reply in a conversation whose history the template has rewritten."""
-        remedy = "; use data.history=per_turn, or train only the last turn"
+        remedy = "; use data.history=auto, or train only the last turn"
         segments = whole.owned(turn.message)
         if turn.header_start is None or len(segments) != 1:
             raise refuse(
@@ -399,11 +293,6 @@ class TurnProver:
 
 def _is_cut(found: str, reply: str) -> bool:
     """Whether ``found`` is ``reply`` with at most one piece cut out."""
-    head = _shared(found, reply)
-    tail = _shared(found[::-1], reply[::-1])
+    head = common(found, reply)
+    tail = common(found[::-1], reply[::-1])
     return len(found) <= len(reply) and head + tail >= len(found)
-
-
-def _shared(one: str, other: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

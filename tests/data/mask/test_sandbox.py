@@ -40,6 +40,9 @@ def render(text: str) -> str:
         "{{ ('a' * 20000000) | replace('a', 'a' * 20000000) }}",
         "{{ ('a' * 2000000).join(['b'] * 2000000) }}",
         "{{ ('\t' * 20000000).expandtabs(20000000) }}",
+        "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
+        "{% set s = 'a' * 30000000 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
+        "{% set s = 'a' * 9999999 %}{% macro f() %}{% for i in range(999) %}{{ s }}{% endfor %}{% endmacro %}{{ f() }}",
         *(
             "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = " + double + " %}{% endfor %}"
             for double in ("n.s + n.s", "n.s ~ n.s", "[n.s, n.s] | join", "'{0}{0}'.format(n.s)", "n.s * 2")

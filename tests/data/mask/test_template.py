@@ -71,12 +71,6 @@ GOLDEN = {
         "<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
         "<|im_start|>assistant\n«<think>\ntwo and two\n</think>\n\nIt is 4.<|im_end|>»\n",
     ),
-    "qwen3 forgets earlier thoughts": (
-        golden.QWEN3,
-        [QUESTION, message("assistant", "It is 4.", reasoning_content="two and two"), SECOND, LAST],
-        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n«It is 4.<|im_end|>»\n"
-        "<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nThen 6.<|im_end|>»\n",
-    ),
     "tool calls": (
         golden.TOOLS,
         [QUESTION, message("assistant", "", tool_calls=CALL), message("tool", "14"), message("tool", "15"), ANSWER],
@@ -150,13 +144,14 @@ def test_ids_are_those_of_apply_chat_template() -> None:
     for text in (golden.CHATML, golden.LLAMA3, golden.GEMMA, golden.QWEN3):
         tokenizer = tokenizer_for(text)
         messages = [QUESTION, ANSWER, SECOND, LAST]
-        (sample,) = ChatTemplate(tokenizer).encode(conversation(*messages))
+        sample = ChatTemplate(tokenizer).encode(conversation(*messages))[-1]
         assert sample.input_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def test_per_turn_gives_each_reply_the_prompt_of_inference() -> None:
+@pytest.mark.parametrize("history", ["per_turn", "auto"])
+def test_each_reply_follows_the_prompt_of_inference(history: str) -> None:
     messages = [QUESTION, message("assistant", "It is 4.", reasoning_content="two and two"), SECOND, LAST]
-    assert encode(golden.QWEN3, *messages, history="per_turn") == [
+    assert encode(golden.QWEN3, *messages, history=history) == [
         "<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
         "<|im_start|>assistant\n«<think>\ntwo and two\n</think>\n\nIt is 4.<|im_end|>»\n",
         "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>\n"
@@ -164,8 +159,41 @@ def test_per_turn_gives_each_reply_the_prompt_of_inference() -> None:
     ]
 
 
+def test_auto_makes_as_few_samples_as_share_a_prefix() -> None:
+    """Thoughts go once a question follows: the calls before each answer share its sample, the answers do not."""
+    call = message("assistant", "", tool_calls=CALL, reasoning_content="add")
+    text = golden.QWEN3.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
+    messages = [QUESTION, call, message("tool", "14"), ANSWER, SECOND, call, message("tool", "15"), LAST]
+    first = (
+        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n«<think>\nadd\n</think>\n\nadd<|im_end|>»\n"
+        "<|im_start|>tool\n14<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nIt is 4.<|im_end|>»\n"
+    )
+    second = (
+        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\nadd<|im_end|>\n"
+        "<|im_start|>tool\n14<|im_end|>\n"
+        "<|im_start|>assistant\nIt is 4.<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\nadd\n</think>\n\nadd<|im_end|>»\n"
+        "<|im_start|>tool\n15<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nThen 6.<|im_end|>»\n"
+    )
+    assert encode(text, *messages) == [first, second]
+    samples = ChatTemplate(tokenizer_for(text)).encode(conversation(*messages))
+    assert [(sample.again, sample.rewritten) for sample in samples] == [(True, 0), (False, 0)]
+    assert len(encode(text, *messages, history="per_turn")) == 4
+    assert encode(golden.CHATML, *messages[:1], ANSWER, SECOND, LAST) == encode(
+        golden.CHATML, *messages[:1], ANSWER, SECOND, LAST, history="as_rendered"
+    )
+
+
+def test_as_rendered_trains_what_the_template_remembers() -> None:
+    messages = [QUESTION, message("assistant", "It is 4.", reasoning_content="two and two"), SECOND, LAST]
+    assert encode(golden.QWEN3, *messages, history="as_rendered", may_drop=["reasoning"]) == [
+        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n«It is 4.<|im_end|>»\n"
+        "<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nThen 6.<|im_end|>»\n"
+    ]
+
+
 def test_as_rendered_counts_rewritten_turns() -> None:
-    template = ChatTemplate(tokenizer_for(golden.QWEN3))
+    template = ChatTemplate(tokenizer_for(golden.QWEN3), history="as_rendered")
     case = conversation(QUESTION, ANSWER, SECOND, LAST)
     assert [sample.rewritten for sample in template.encode(case)] == [1]
     assert "history_rewritten" in {finding.name for finding in check_conversation(template, case)}
@@ -288,17 +316,21 @@ class TestRefusals:
             (golden.CHATML + "{{ messages[0].none.x }}", [QUESTION, ANSWER], "rejects the conversation"),
             (golden.LLAMA3.replace("assistant<", "helper<"), [QUESTION, ANSWER], "generation prompt ends in 'helper"),
             (golden.QWEN3.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"),
-             [QUESTION, ANSWER, SECOND, LAST], "message 1 .*without the generation prompt.*per_turn"),
-            (golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.revindex == 3 else '<|im_end|>' }}"),
-             [QUESTION, ANSWER, SECOND, LAST], "message 1 .*no longer prints the reply that ends with"),
+             [QUESTION, ANSWER, SECOND, LAST], "message 1 .*without the generation prompt.*history=auto"),
             (golden.CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), [QUESTION, ANSWER], "occurs within the turn"),
         ],
     )  # fmt: skip
     def test_with_the_reason(self, text: str, messages: list, reason: str) -> None:
-        template = ChatTemplate(tokenizer_for(text))
+        template = ChatTemplate(tokenizer_for(text), history="as_rendered")
         with pytest.raises(DataError, match=reason):
             template.encode(conversation(*messages))
         assert [finding.name for finding in check_conversation(template, conversation(*messages))] == ["refused"]
+
+    def test_a_reply_that_ends_otherwise_once_others_follow(self) -> None:
+        text = golden.CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.revindex == 3 else '<|im_end|>' }}")
+        case = replace(conversation(QUESTION, ANSWER, SECOND, LAST), train=(False, True, False, False))
+        with pytest.raises(DataError, match=r"message 1 .*no longer prints the reply that ends with"):
+            ChatTemplate(tokenizer_for(text), history="as_rendered").encode(case)
 
     def test_header_without_generation_prompt(self) -> None:
         with pytest.raises(ModelError, match="add_generation_prompt"):
