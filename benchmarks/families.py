@@ -1,0 +1,180 @@
+"""Every causal language model of the installed transformers, in small: exact, refused or not built.
+
+    python -m benchmarks.families [--only llama mixtral] [--out FILE]
+
+For each model type a random model of two to four blocks is made from its configuration class. Its loss and gradients on
+four documents in one packed row, with our kernels, mask and loss, are compared with transformers' own forward, one
+document at a time. Verdicts: ``exact`` (with the largest relative difference), ``WRONG``, ``refused`` (by which
+message), ``not built`` (by transformers, from these small settings). Each family runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, environment, write_json
+
+EXACT = 2e-5
+SECONDS = 240
+LENGTHS = (17, 5, 26, 11)
+# What the generic small settings lack, by model type.
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmo": {"clip_qkv": 0.5},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4},
+    "phi3": {"pad_token_id": 0},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "cohere": {"use_qk_norm": True},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "gemma2": {"query_pre_attn_scalar": 16},
+}
+
+
+def model_types() -> list[str]:
+    """Every ``model_type`` that transformers maps to a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def build(model_type: str) -> Any:
+    """A random model of a family, all of whose weights are away from zero."""
+    import torch
+
+    from fsdpsft.testing import tiny_model
+
+    torch.manual_seed(0)
+    model = tiny_model(model_type, **SMALL.get(model_type, {}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if float(parameter.abs().max()) == 0:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def documents() -> list[tuple[list[int], list[float]]]:
+    """Token ids and weights of four documents; each one's second half is trained."""
+    import numpy as np
+
+    dice = np.random.default_rng(0)
+    return [(dice.integers(3, 300, n).tolist(), [0.0] * (n // 2) + [1.0] * (n - n // 2)) for n in LENGTHS]
+
+
+def expected(model: Any) -> tuple[float, dict[str, Any]]:
+    """Loss sum and gradients of plain transformers, one document at a time."""
+    import torch
+
+    model.train()
+    total = torch.zeros(())
+    for ids, weights in documents():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        total = total + (losses * torch.tensor(weights[1:])).sum()
+    total.backward()
+    return float(total), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ours(folder: Path, padded: bool) -> tuple[float, dict[str, Any]]:
+    """The same by the trainer's model, packed in one row or padded."""
+    import numpy as np
+    import torch
+
+    from fsdpsft.batch import Sample, pack
+    from fsdpsft.config.load import load_config
+    from fsdpsft.distributed.mesh import init_mesh
+    from fsdpsft.model.memory import Work
+    from fsdpsft.parallelize import build_model
+
+    config = load_config(["data.train_files=x", f"model.partial_pretrain={folder}", "model.dtype=float32"])
+    work = Work(not padded, max(LENGTHS), 2 * sum(LENGTHS))
+    model = build_model(folder, config.model, init_mesh(torch.device("cpu")), work, seed=0)
+    samples = [
+        Sample(np.array(ids, np.uint32), np.array(weights, np.float32), row)
+        for row, (ids, weights) in enumerate(documents())
+    ]
+    batch = pack(samples, pad_token_id=0, padded=padded)
+    with model.computing():
+        loss, _ = model(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    named = model.module.causal_lm.named_parameters()
+    return float(loss), {name: p.grad for name, p in named if p.grad is not None}
+
+
+def judge(model_type: str, padded: bool) -> dict[str, Any]:
+    """The verdict on one family."""
+    from fsdpsft.errors import UserError
+    from fsdpsft.testing import tiny_tokenizer
+
+    try:
+        model = build(model_type)
+        loss, gradients = expected(model)
+    except Exception as error:  # noqa: BLE001 - whatever a family's own code raises on small settings
+        return {"verdict": "not built", "why": f"{type(error).__name__}: {error}"[:200]}
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tiny_tokenizer().save_pretrained(scratch)
+        try:
+            found, own = ours(Path(scratch), padded)
+        except UserError as error:
+            return {"verdict": "refused", "why": str(error)[:300]}
+        except Exception as error:  # noqa: BLE001 - a fault of ours is a row, not the end
+            return {"verdict": "FAILED", "why": f"{type(error).__name__}: {error}"[:300]}
+    largest = max(float(g.norm()) for g in gradients.values())
+    off = {"loss": abs(found - loss) / abs(loss)}
+    for name, gradient in gradients.items():
+        if name in own:
+            off[name] = float((own[name] - gradient).norm()) / max(float(gradient.norm()), 1e-3 * largest)
+    missing = sorted(set(gradients) - set(own))
+    worst = max(off, key=lambda name: off[name])
+    verdict = "exact" if off[worst] <= EXACT and not missing else "WRONG"
+    return {"verdict": verdict, "largest": off[worst], "at": worst, **({"missing": missing[:3]} if missing else {})}
+
+
+def main() -> int:
+    """Judge each family in a process of its own and write JSON; 1 where one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--padded", action="store_true", help="one document a row instead of one packed row")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print("RESULT " + json.dumps(judge(arguments.worker, arguments.padded)))
+        return 0
+    rows: dict[str, dict[str, Any]] = {}
+    for model_type in arguments.only or model_types():
+        command = [sys.executable, "-m", "benchmarks.families", "--worker", model_type]
+        command += ["--padded"] * arguments.padded
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environ, check=False)
+            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            rows[model_type] = json.loads(found[-1][7:]) if found else {"verdict": "FAILED", "why": done.stderr[-300:]}
+        except subprocess.TimeoutExpired:
+            rows[model_type] = {"verdict": "not built", "why": f"not done in {SECONDS} s"}
+        print(f"{model_type:28}{json.dumps(rows[model_type])[:180]}", flush=True)
+    totals = Counter(row["verdict"] for row in rows.values())
+    layout = "padded" if arguments.padded else "packed"
+    out = arguments.out or RESULTS / f"families-{layout}.json"
+    write_json(out, {"what": f"families, {layout}", "environment": environment(), "totals": totals, "rows": rows})
+    print(dict(totals))
+    return int(bool(totals["WRONG"] or totals["FAILED"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
