@@ -52,6 +52,7 @@ from fsdpsft.config.load import load_config
 from fsdpsft.data.batches.loader import Step
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.metrics import peak_flops
+from fsdpsft.model import memory
 from fsdpsft.model.attention import AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
 from fsdpsft.model.load import _materialize as materialize
@@ -103,7 +104,7 @@ def build_ours(check: Check, case: StepCase, *overrides: str, dtype: str = "bflo
             settings += ["model.fsdp_config.model_dtype=bfloat16", "optim.state_dtype=bfloat16"]
         config = load_config(["data.train_files=none", f"model.partial_pretrain={folder}", *settings])
         with mock.patch.object(parallelize, "load_weights", draw_weights):
-            model = parallelize.build_model(Path(folder), config.model, init_mesh(check.device), packed=True, seed=0)
+            model = parallelize.build_model(Path(folder), config.model, init_mesh(check.device), memory.Work(), seed=0)
     if case.lora_rank:
         fill_adapters(model.module)
     return model

@@ -128,7 +128,7 @@ def build_model(path: Path, settings: ModelConfig, mesh: Mesh, work: Work, *, se
     _fill(causal_lm, path, settings, mesh, seed)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
     if not mesh.rank:
-        _tell(causal_lm, how)
+        _tell(causal_lm, settings, how)
     return ParallelModel(module.train(), mesh, attend, masters, dtype, whole)
 
 
@@ -143,9 +143,10 @@ def check_model(causal_lm: PreTrainedModel, work: Work) -> None:
     prove_head(causal_lm)
 
 
-def _tell(causal_lm: PreTrainedModel, how: Recomputation) -> None:
+def _tell(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation) -> None:
     """Say how activations are kept, and what of the model's training is not, or not only, predicting tokens."""
-    log.info("activation checkpointing: %s", how.mode)
+    asked = settings.enable_gradient_checkpointing
+    log.info("activation checkpointing: %s (model.enable_gradient_checkpointing=%s)", how.mode, asked)
     for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 

@@ -97,15 +97,16 @@ def test_a_wait_would_be_counted() -> None:
 def least_flops(step: Step, vocabulary: int) -> int:
     """Forward and backward of what the batch asks of the model.
 
-    Two operations a multiply-add; backward is twice the forward. The head sees trained positions alone. Attention
-    counts whole squares of each document, as torch's counter does (causal kernels do about half of that), four products
-    of the square forward and ten backward, since kernels make the scores anew.
+    Two operations a multiply-add; backward is twice the forward. The head sees trained positions alone; torch's
+    counter does not know the in-place sum of its weight's gradient, a third of the head's products. Attention counts
+    whole squares of each document, as torch's counter does (causal kernels do about half of that), four products of the
+    square forward and ten backward, since kernels make the scores anew.
     """
     queries, keys = D * HEADS * HEAD_SIZE, D * 2 * KV_HEADS * HEAD_SIZE
     block = keys + 2 * queries + 3 * D * WIDTH  # with queries, attention output, gate, up and down
     total = 0
     for batch in step.micro_batches:
-        total += 6 * LAYERS * sum(batch.seqlens) * block + 6 * len(batch.trained_index) * D * vocabulary
+        total += 6 * LAYERS * sum(batch.seqlens) * block + 4 * len(batch.trained_index) * D * vocabulary
         total += 14 * LAYERS * sum(n * n for n in batch.seqlens) * HEADS * HEAD_SIZE
     return total
 

@@ -46,6 +46,8 @@ FEW_TERMS = 256
 """A product that sums no more of them is made as fast as its result is read back from memory: GPUs do some 250
 operations in the time of one byte."""
 PRODUCTS = frozenset({"mm", "addmm", "linear", "_grouped_mm", "_scaled_mm", "all_to_all_single"})
+AROUND_OPERATORS = frozenset({"torch._library.autograd", "torch.distributed._functional_collectives"})
+"""Modules whose autograd functions stand around operators with a schema, which says what is written to."""
 
 Forward = Callable[..., Any]
 
@@ -145,9 +147,6 @@ def _closed_over_constants(
     return work, [*args, *(kwargs[name] for name in names)]
 
 
-# --- Selective: what is kept, and that nothing can write to it ------------------------------------------------------
-
-
 @dataclass(eq=False)
 class _Kept:
     """A costly operator and its result, detached; None: to be made again."""
@@ -214,10 +213,9 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
             self.protect((args, kwargs))
         result = func(*args, **kwargs)
         if _is_costly(func, args):
-            kept = _Kept(func, tree_map_only(Tensor, _detached, result), [])
-            kept.versions = [tensor._version for tensor in _tensors(kept.result)]
-            self.results.append(kept)
-            self.exposed.update(dict.fromkeys(_storages(kept.result), kept))
+            own = tree_map_only(Tensor, _detached, result)
+            self.results.append(_Kept(func, own, [tensor._version for tensor in _tensors(own)]))
+            self.exposed.update(dict.fromkeys(_storages(own), self.results[-1]))
         return result
 
     def protect(self, given: Any) -> None:
@@ -226,6 +224,8 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
             for storage in _storages(kept.result):
                 del self.exposed[storage]
             with torch.no_grad():
+                if str(kept.op).startswith("_c10d_functional"):
+                    torch.ops._c10d_functional.wait_tensor(kept.result)
                 kept.result = tree_map_only(Tensor, Tensor.clone, kept.result)
             kept.versions = [0] * len(kept.versions)
 
@@ -240,14 +240,12 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
         self.exposed.clear()
 
 
-_watching: _Keep | None = None
-"""The unit at work."""
+_watching: _Keep | None = None  # the unit at work
 
 
 def _apply_watched(cls: type[_SingleLevelFunction], *args: Any, **kwargs: Any) -> Any:
     """In the place where ``Function.apply`` calls torch's own, so that no alias of an ``apply`` goes past it."""
-    # An operator registered with torch has a function of this module around it, and a schema.
-    if _watching is not None and cls.__module__ != "torch._library.autograd":
+    if _watching is not None and cls.__module__ not in AROUND_OPERATORS:
         _watching.protect((args, kwargs))
     return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
@@ -324,9 +322,6 @@ def _may_be_costly(op: Any) -> bool:
         return False  # the result is where its caller wants it, not what it returns
     name = getattr(op, "__name__", str(op)).split(".")[0]
     return name in PRODUCTS or "attention" in name or "attn" in name
-
-
-# --- Tiles and offload ----------------------------------------------------------------------------------------------
 
 
 def _plain_mlp(block: nn.Module, tiles: int) -> nn.Module:

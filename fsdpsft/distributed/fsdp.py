@@ -71,12 +71,12 @@ def shard_model(
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if how.offload else OffloadPolicy()
     for block in blocks:
         if sum(p.numel() for p in block.parameters()) >= how.min_num_params:
-            # The last block's weights are wanted again at once, by its own backward: never free them in between.
+            # The last block's backward follows its forward at once: do not free its weights in between.
             reshard = how.reshard_after_forward and block is not blocks[-1]
             fully_shard(
                 block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload_policy
             )  # fmt: skip
-    # So are the root's, by the backward of the head.
+    # Nor the root's, which the backward of the head needs.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -85,7 +85,7 @@ def shard_model(
         unit.set_force_sum_reduction_for_comms(True)
     frozen = {unit for unit in units if not any(p.requires_grad for p in _own_parameters(unit))}
     for unit in frozen:
-        # What stays whole up to the backward pass anyway may stay so for good if no step changes it.
+        # What is gathered up to the backward pass may stay gathered from then on if no step changes it.
         unit.set_reshard_after_backward(how.reshard_after_forward and unit is not model, recurse=False)
     for block in itertools.takewhile(lambda block: {block, model} <= frozen, blocks):
         assert isinstance(block, FSDPModule)

@@ -62,12 +62,10 @@ class HeadPlan:
     Attributes:
         query: per rank, (start, stop) of its query heads; consecutive, covering all, each once.
         key_value: per rank, (start, stop) of the kv heads its query heads use; neighbours may share one.
-        imbalance: attention work of the busiest rank over the average, 1.0 when even.
     """
 
     query: tuple[tuple[int, int], ...]
     key_value: tuple[tuple[int, int], ...]
-    imbalance: float
 
 
 @lru_cache
@@ -85,7 +83,7 @@ def head_plan(num_heads: int, num_kv_heads: int, degree: int) -> HeadPlan:
     group = num_heads // num_kv_heads
     query = tuple(pairwise(balanced_bounds(num_heads, degree)))
     key_value = tuple((start // group, (stop - 1) // group + 1) for start, stop in query)
-    return HeadPlan(query, key_value, max(stop - start for start, stop in query) * degree / num_heads)
+    return HeadPlan(query, key_value)
 
 
 def _deal(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> list[Tensor]:

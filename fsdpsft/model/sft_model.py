@@ -48,7 +48,7 @@ class SFTModel(nn.Module):
 
     Args:
         causal_lm: any ``AutoModelForCausalLM`` whose head ``model/head.py`` knows.
-        head_chunk_tokens: trained positions whose logits exist at one time; None: as the device is best served.
+        head_chunk_tokens: trained positions whose logits exist at one time; None: chosen by device and vocabulary.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, head_chunk_tokens: int | None = None) -> None:

@@ -4,6 +4,8 @@
 
 One optimiser step's loss and gradients are computed in each of the trainer's ways and compared with plain
 transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers.
+What every start of a run proves of its blocks' gradients (``block_proof.py``) is proven here too; what it finds stands
+in the row of the way that it spoils.
 Without ``data.train_files`` the documents are random tokens.
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +32,10 @@ from fsdpsft.checkpoint.export import Handoff
 from fsdpsft.checkpoint.manager import CheckpointManager
 from fsdpsft.checkpoint.state import TrainState
 from fsdpsft.config.schema import Config
-from fsdpsft.data.batches.loader import Loader, LoaderSettings
 from fsdpsft.distributed.mesh import init_mesh
 from fsdpsft.errors import ConfigError, UserError
 from fsdpsft.model import lora
 from fsdpsft.model.attention import AttentionContext, isolation_probe
-from fsdpsft.model.load import build_meta_model, load_model_config
 from fsdpsft.model.sft_model import resolve_dtype
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel
@@ -44,6 +45,7 @@ from fsdpsft.tools.selftest_subject import (
     Subject,
     build,
     enough_gpus,
+    one_step,
     outcome,
     plain_model,
     prepare_subject,
@@ -97,42 +99,25 @@ def check_isolation(subject: Subject, reference: Outcome) -> float:
 
 def isolation_tolerance(subject: Subject) -> float:
     """Nothing may move; with experts, whose products take all documents together, rounding may."""
-    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
-    model = build_meta_model(
-        config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=subject.own.trust_remote_code
-    )
-    experts = any(parameter.ndim > 2 for parameter in model.parameters())
     half = resolve_dtype(subject.own.dtype, subject.device) != torch.float32
-    return (0.1 if half else 1e-5) if experts else 0.0
+    return (0.1 if half else 1e-5) if subject.has_experts else 0.0
 
 
-def check_packed(subject: Subject, reference: Outcome) -> float:
-    """All documents in one row."""
-    _needs_packing(subject)
-    return outcome(subject, subject.plain, subject.device, padded=False).difference(reference)
+def check_step(
+    subject: Subject, reference: Outcome, *, padded: bool | None = None, longest: int | None = None, **changes: Any
+) -> float:
+    """One step of the plain settings, changed.
 
-
-def check_padded(subject: Subject, reference: Outcome) -> float:
-    """One padded row a document, three rows at a time."""
-    budget = 3 * int(subject.documents.lengths.max())
-    return outcome(subject, subject.plain, subject.device, padded=True, budget=budget).difference(reference)
-
-
-def check_head(subject: Subject, reference: Outcome) -> float:
-    """The head seven trained tokens at a time, never the full logits."""
-    return outcome(subject, replace(subject.plain, head_chunk_tokens=7), subject.device).difference(reference)
-
-
-def check_accumulation(subject: Subject, reference: Outcome) -> float:
-    """The smallest token budget that holds the longest document."""
-    budget = int(subject.documents.lengths.max())
-    return outcome(subject, subject.plain, subject.device, budget=budget).difference(reference)
-
-
-def check_checkpointing(mode: str, offload: bool, subject: Subject, reference: Outcome) -> float:
-    """Activations recomputed, and resting in host memory."""
-    settings = replace(subject.plain, enable_gradient_checkpointing=mode, activation_offload=offload)
-    return outcome(subject, settings, subject.device).difference(reference)
+    Args:
+        padded: a row for each document, or all in one; None: as the run does it.
+        longest: how many of the longest document a micro-batch may hold; None: the whole step is one.
+        changes: of the ``model`` section.
+    """
+    if padded is False:
+        _needs_packing(subject)
+    budget = None if longest is None else longest * int(subject.documents.lengths.max())
+    settings = replace(subject.plain, **changes)
+    return outcome(subject, settings, subject.device, padded=padded, budget=budget).difference(reference)
 
 
 def check_data_parallel(subject: Subject, reference: Outcome) -> float:
@@ -143,10 +128,8 @@ def check_data_parallel(subject: Subject, reference: Outcome) -> float:
 def check_ulysses(degree: int, subject: Subject, reference: Outcome) -> float:
     """So many processes share every sequence."""
     _needs_packing(subject)
-    config = load_model_config(subject.folder, trust_remote_code=subject.own.trust_remote_code)
-    heads = config.get_text_config().num_attention_heads
-    if heads < degree:
-        raise Skip(f"the model has {heads} query heads")
+    if subject.heads < degree:
+        raise Skip(f"the model has {subject.heads} query heads")
     return together(subject, reference, degree, sp_size=degree)
 
 
@@ -155,9 +138,7 @@ def check_own_settings(subject: Subject, reference: Outcome) -> float:
     found = outcome(subject, subject.own, subject.device)
     if subject.own.lora_adapter_path is not None:
         raise Skip("it starts from an adapter: see the row of LoRA")
-    shared = (
-        {} if subject.own.uses_lora else found.gradients
-    )  # new adapters change no output, and have their own gradients
+    shared = {} if subject.own.uses_lora else found.gradients  # new adapters change no output, and have their own
     return Outcome(found.loss, shared).difference(reference)
 
 
@@ -182,19 +163,8 @@ def check_lora(subject: Subject, reference: Outcome) -> float:
 def check_export(subject: Subject, reference: Outcome) -> float:
     """Logits after an optimiser step, and those of transformers on what was exported."""
     model = build(subject, subject.plain, init_mesh(subject.device), packed=subject.packed)
-    documents = subject.documents
-    loader = Loader(
-        documents,
-        LoaderSettings(
-            train_batch_size=len(documents),
-            token_budget=subject.tokens,
-            pad_token_id=0,
-            padded=not subject.packed,
-            max_rows=None if subject.packed else 3,
-        ),
-    )
     optimizer = build_optimizer(model.module, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    train_step(model, optimizer, loader.step(0), None)
+    train_step(model, optimizer, one_step(subject, model.mesh, padded=not subject.packed), None)
     with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:
         manager = CheckpointManager(Path(folder), Handoff(subject.folder, dtype=torch.float32))
         manager.save(model.module.causal_lm, optimizer, TrainState(step=1), contents=("model",))
@@ -252,15 +222,16 @@ def _own_tolerance(subject: Subject) -> float:
     return ROUNDED[resolve_dtype(subject.own.dtype, subject.device)]
 
 
+OFFLOADED: dict[str, Any] = {"enable_gradient_checkpointing": "full", "activation_offload": True}
 CHECKS = (
     Check("packed documents do not see each other", check_isolation, tolerance=isolation_tolerance),
-    Check("packed = one at a time", check_packed),
-    Check("padded = one at a time", check_padded),
-    Check("head in chunks = full logits", check_head),
-    Check("many micro-batches = one", check_accumulation),
-    Check("checkpointing, selective", partial(check_checkpointing, "selective", False)),
-    Check("checkpointing, full", partial(check_checkpointing, "full", False)),
-    Check("checkpointing, resting in host memory", partial(check_checkpointing, "full", True)),
+    Check("packed = one at a time", partial(check_step, padded=False)),
+    Check("padded = one at a time", partial(check_step, padded=True, longest=3)),
+    Check("head in chunks = full logits", partial(check_step, head_chunk_tokens=7)),
+    Check("many micro-batches = one", partial(check_step, longest=1)),
+    Check("checkpointing, selective", partial(check_step, enable_gradient_checkpointing="selective")),
+    Check("checkpointing, full", partial(check_step, enable_gradient_checkpointing="full")),
+    Check("checkpointing, offloaded to host memory", partial(check_step, **OFFLOADED)),
     Check("this run's own model settings", check_own_settings, tolerance=_own_tolerance),
     Check("data parallel, 2 processes (FSDP2)", check_data_parallel, 2),
     Check("sequence parallel, 2 processes (Ulysses)", partial(check_ulysses, 2), 2),

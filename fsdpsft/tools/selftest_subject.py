@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,11 @@ from fsdpsft.checkpoint.export import carried_files
 from fsdpsft.checkpoint.parameters import full, hf_name
 from fsdpsft.checkpoint.tensor_plan import StoredDtypes
 from fsdpsft.config.schema import Config, ModelConfig
-from fsdpsft.data.batches.loader import Loader, LoaderSettings
+from fsdpsft.data.batches.loader import Loader, LoaderSettings, Step
 from fsdpsft.distributed.mesh import Mesh, choose_device, env_world_size, init_mesh
 from fsdpsft.errors import ConfigError
 from fsdpsft.filesystem import copy_file
+from fsdpsft.model.block_proof import sampled, worst
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights, resolve_model_path
 from fsdpsft.model.memory import Work
 from fsdpsft.model.sft_model import cut_layers
@@ -55,36 +56,17 @@ class Options:
         return cls(**{key: whole_number(f"selftest.{key}", text, least[key]) for key, text in values.items()})
 
 
-@dataclass(frozen=True)
 class Documents:
-    """A few samples in memory, as the loader wants a store."""
+    """A few samples in memory, as the loader wants a store (see ``loader.SampleStore``)."""
 
-    samples: tuple[Sample, ...]
+    source_names: tuple[str, ...] = ("self-test",)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """[n] tokens of each."""
-        return np.array([len(s.input_ids) for s in self.samples], dtype=np.int32)
-
-    @property
-    def trained(self) -> np.ndarray:
-        """[n] labels that count."""
-        return np.array([(s.loss_weights[1:] > 0).sum() for s in self.samples], dtype=np.int32)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """[n] sum of the labels' weights."""
-        return np.array([s.loss_weights[1:].sum(dtype=np.float64) for s in self.samples])
-
-    @property
-    def source_counts(self) -> tuple[int, ...]:
-        """One source."""
-        return (len(self.samples),)
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Its name."""
-        return ("self-test",)
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples, self.source_counts = samples, (len(samples),)
+        counted = [s.loss_weights[1:] for s in samples]
+        self.lengths = np.array([len(s.input_ids) for s in samples], dtype=np.int32)
+        self.trained = np.array([(weights > 0).sum() for weights in counted], dtype=np.int32)
+        self.weights = np.array([weights.sum(dtype=np.float64) for weights in counted])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -109,6 +91,8 @@ class Subject:
         packed: whether the run packs documents into one row.
         device: of the run.
         documents: one step's samples.
+        heads: query heads of a layer.
+        has_experts: whether tokens are routed.
     """
 
     folder: Path
@@ -117,6 +101,8 @@ class Subject:
     packed: bool
     device: torch.device
     documents: Documents
+    heads: int
+    has_experts: bool
 
     @property
     def tokens(self) -> int:
@@ -132,17 +118,11 @@ class Outcome:
     gradients: dict[str, Tensor]
 
     def difference(self, reference: Outcome) -> float:
-        """Largest relative difference of the loss and of any parameter's gradient.
-
-        A gradient that is zero but for rounding (a key's bias cannot change a softmax) is measured by a thousandth of
-        the largest one.
-        """
-        largest = [abs(self.loss - reference.loss) / abs(reference.loss)]
-        floor = 1e-3 * max(float(g.norm()) for g in reference.gradients.values())
-        for name, gradient in self.gradients.items():
-            expected = reference.gradients[name]
-            largest.append(float((gradient - expected).norm()) / max(float(expected.norm()), floor))
-        return float("nan") if any(np.isnan(largest)) else max(largest)
+        """Largest relative difference of the loss and of any parameter's gradient; see ``block_proof.worst``."""
+        loss = abs(self.loss - reference.loss) / abs(reference.loss)
+        shared = {name: reference.gradients[name] for name in self.gradients}
+        gradient = worst(self.gradients, shared)[1] if shared else 0.0
+        return float("nan") if np.isnan(loss + gradient) else max(loss, gradient)
 
 
 class GradientProbe(torch.optim.Optimizer):
@@ -157,12 +137,7 @@ class GradientProbe(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Keep every gradient's sample; collective where parameters are sharded."""
-        self.gradients = {name: _sample(p.grad) for name, p in self.named.items() if p.grad is not None}
-
-
-def _sample(gradient: Tensor) -> Tensor:
-    flat = full(gradient).flatten()
-    return flat[:: -(-flat.numel() // _KEPT)].float().cpu().clone()
+        self.gradients = {name: sampled(full(p.grad), _KEPT) for name, p in self.named.items() if p.grad is not None}
 
 
 @contextmanager
@@ -177,15 +152,22 @@ def prepare_subject(config: Config, options: Options) -> Iterator[Subject]:
     source = resolve_model_path(config.model.partial_pretrain)
     documents = _given_documents(config, options) if config.data.train_files else None
     with tempfile.TemporaryDirectory(prefix="fsdpsft-selftest-") as folder:
-        vocabulary = write_cut_model(source, Path(folder), config.model, options.layers)
+        model = write_cut_model(source, Path(folder), config.model, options.layers)
+        text = model.config.get_text_config()
         yield Subject(
-            Path(folder), config.model, _plainest(config.model), config.use_remove_padding,
-            choose_device(config.trainer.device), documents or random_documents(options, vocabulary),
-        )  # fmt: skip
+            Path(folder),
+            config.model,
+            _plainest(config.model),
+            config.use_remove_padding,
+            choose_device(config.trainer.device),
+            documents or random_documents(options, text.vocab_size),
+            text.num_attention_heads,
+            any(parameter.ndim > 2 for parameter in model.parameters()),
+        )
 
 
-def write_cut_model(source: Path, folder: Path, settings: ModelConfig, layers: int) -> int:
-    """Write a model of its first ``layers`` layers, without dropout; returns its vocabulary size."""
+def write_cut_model(source: Path, folder: Path, settings: ModelConfig, layers: int) -> PreTrainedModel:
+    """Write a model of its first ``layers`` layers, without dropout, and return it."""
     config = load_model_config(source, trust_remote_code=settings.trust_remote_code)
     cut_layers(config, layers)
     for name, value in vars(config).items():
@@ -199,7 +181,7 @@ def write_cut_model(source: Path, folder: Path, settings: ModelConfig, layers: i
     for file in carried_files(source):
         copy_file(file, folder / file.relative_to(source))
     model.save_pretrained(folder)
-    return int(config.get_text_config().vocab_size)
+    return model
 
 
 def _plainest(settings: ModelConfig) -> ModelConfig:
@@ -221,7 +203,7 @@ def random_documents(options: Options, vocabulary: int) -> Documents:
         weights = (generator.random(length) < 1 / 3).astype(np.float32)
         weights[-1] = 1.0
         samples.append(Sample(generator.integers(0, vocabulary, length).astype(np.uint32), weights, row))
-    return Documents(tuple(samples))
+    return Documents(samples)
 
 
 def _given_documents(config: Config, options: Options) -> Documents:
@@ -239,7 +221,7 @@ def _given_documents(config: Config, options: Options) -> Documents:
         raise ConfigError(
             f"no training sample has a trained token in its first {options.length}; raise selftest.length"
         )
-    return Documents(tuple(samples))
+    return Documents(samples)
 
 
 def plain_model(subject: Subject, folder: Path | None = None) -> PreTrainedModel:
@@ -284,23 +266,24 @@ def outcome(
     offload = settings.fsdp_config.offload_params
     mesh = init_mesh(choose_device(torch.device(device).type), sp_size=sp_size, shard_alone=offload)
     model = build(subject, settings, mesh, packed=not padded)
-    documents = subject.documents
-    loader = Loader(
-        documents,
-        LoaderSettings(
-            train_batch_size=len(documents),
-            token_budget=budget or subject.tokens,
-            pad_token_id=0,
-            padded=padded,
-            max_rows=3 if padded else None,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            sp_size=mesh.sp_size,
-        ),
-    )
     probe = GradientProbe(model.module.causal_lm)
-    stats = train_step(model, probe, loader.step(0), None)
+    stats = train_step(model, probe, one_step(subject, mesh, padded=padded, budget=budget), None)
     return Outcome(float(stats.losses[0]), probe.gradients)
+
+
+def one_step(subject: Subject, mesh: Mesh, *, padded: bool, budget: int | None = None) -> Step:
+    """All documents as one optimiser step, for this process's place."""
+    settings = LoaderSettings(
+        len(subject.documents),
+        budget or subject.tokens,
+        pad_token_id=0,
+        padded=padded,
+        max_rows=3 if padded else None,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        sp_size=mesh.sp_size,
+    )
+    return Loader(subject.documents, settings).step(0)
 
 
 def together(subject: Subject, reference: Outcome, processes: int, sp_size: int = 1, **fsdp: Any) -> float:

@@ -99,7 +99,9 @@ def norms_and_weights(folder: Path) -> list[tuple[float, list[torch.Tensor]]]:
     found = []
     for sync_every in (True, False):
         config = load_config([f"model.partial_pretrain={folder}", "data.train_files=null"])
-        model = build_model(folder, config.model, init_mesh(torch.device("cpu")), packed=True, seed=0)
+        model = build_model(
+            folder, config.model, init_mesh(torch.device("cpu")), Work(max_length=64, token_budget=256), seed=0
+        )
         optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
         stats = train_step(model, optimizer, a_step(model.mesh.rank), None, sync_every)
         weights = [p.full_tensor().detach() for p in model.module.parameters()]  # type: ignore[attr-defined]
