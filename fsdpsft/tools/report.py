@@ -25,13 +25,12 @@ CLAIMS = {
 NOTES = {
     "skipped": "rows left out (data.on_bad_row=skip)",
     "history_rewritten": "replies trained after another prompt than inference gives: the template rewrites earlier "
-    "turns (data.history=per_turn trains each after its own)",
+    "turns (data.history=auto trains each after its own)",
     "escaped": "conversations with special-token text in their content, spelt as ordinary text; apply_chat_template "
     "would make special tokens of it, so their prompts are not compared with its",
     "stop_not_in_eos": "replies whose stop token the model's generation_config lacks, as data.chat_template brings "
     "another; the exported model's will have it",
     "nothing_trained": "samples without a trained token",
-    "reasoning_dropped": "messages whose reasoning the template does not print, so that it is not trained",
     "left_out": "parts of rows that the template does not print (data.may_drop lets them go)",
 }
 """What breaks no rule and is worth knowing, by the finding's name."""
@@ -41,12 +40,11 @@ _LIMITS = {
     "prompt_ids": ("history_rewritten", "escaped"),
     "prefix": ("history_rewritten",),
     "stop_not_in_eos": ("stop_not_in_eos",),
-    "text_missing": ("reasoning_dropped", "left_out"),
+    "text_missing": ("left_out",),
 }
 """Claim -> notes that take something from it."""
 _UNPROVEN = {
     "history_rewritten": "replies are trained after another prompt than inference gives",
-    "reasoning_dropped": "messages lose their reasoning",
     "left_out": "parts of rows are lost in the template",
 }
 """Notes with which what is trained is not all, or not exactly, what the model must say."""

@@ -261,17 +261,21 @@ def test_the_headline_says_no_more_than_the_notes(run, tmp_path: Path) -> None:
     """Thoughts that the template drops, and replies trained after a rewritten history, are not proven."""
     rows = [chat("a?", "b", reasoning_content="so")] * 3 + [chat("a?", "b")]
     page = tmp_path / "page.html"
-    code, out, _ = run(write(tmp_path / "a.jsonl", rows), f"check.html={page}")
-    claim = CLAIMS["text_missing"]
-    if code == 0:  # data.may_drop has its own say in this
-        assert "are proven" not in out
-        headline = "All 4 rows can be trained on, with limits: 3 messages lose their reasoning."
-        assert headline in out and f"· {claim}: not for 3 rows, see below" in out
-        assert f"<h1>{headline}</h1>" in page.read_text() and '<body class="limited">' in page.read_text()
+    code, out, _ = run(write(tmp_path / "a.jsonl", rows))
+    assert code == 1 and "the chat template does not print its reasoning 'so'" in out
+    code, out, _ = run(tmp_path / "a.jsonl", "data.may_drop=[reasoning]", f"check.html={page}")
+    assert code == 0 and "are proven" not in out
+    headline = "All 4 rows can be trained on, with limits: 3 parts of rows are lost in the template."
+    assert headline in out and f"· {CLAIMS['text_missing']}: not for 3 rows, see below" in out
+    assert f"<h1>{headline}</h1>" in page.read_text() and '<body class="limited">' in page.read_text()
     template = tmp_path / "template.jinja"
     template.write_text(FORGETFUL)
     several = [chat("a?", "one", "b?", "two", reasoning_content="so")] * 4
-    code, out, _ = run(write(tmp_path / "b.jsonl", several), f"data.chat_template={template}", f"check.html={page}")
+    data = write(tmp_path / "b.jsonl", several)
+    code, out, _ = run(data, f"data.chat_template={template}")
+    assert code == 0 and "All 4 rows are proven" in out
+    settings = ["data.history=as_rendered", "data.may_drop=[reasoning]", f"check.html={page}"]
+    code, out, _ = run(data, f"data.chat_template={template}", *settings)
     assert code == 0 and "are proven" not in out
     assert "4 replies are trained after another prompt than inference gives" in out.splitlines()[-2]
     assert f"· {CLAIMS['prefix']}: not for 4 rows, see below" in out
