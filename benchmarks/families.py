@@ -53,18 +53,24 @@ def model_types() -> list[str]:
 
 
 def build(model_type: str) -> Any:
-    """A random model of a family, all of whose weights are away from zero."""
+    """A random model of a family without dropout, all of whose weights are away from zero."""
     import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from fsdpsft.testing import tiny_model
 
-    torch.manual_seed(0)
-    model = tiny_model(model_type, **SMALL.get(model_type, {}))
+    small = SMALL.get(model_type, {})
+    drops = {name: 0.0 for name, value in CONFIG_MAPPING[model_type]().to_dict().items() if _is_dropout(name, value)}
+    model = tiny_model(model_type, **{**drops, **small})
     with torch.no_grad():
         for parameter in model.parameters():
             if float(parameter.abs().max()) == 0:
                 parameter.normal_(std=0.02)
     return model
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    return isinstance(value, float) and ("drop" in name or name.endswith("_pdrop"))
 
 
 def documents() -> list[tuple[list[int], list[float]]]:
