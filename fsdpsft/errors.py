@@ -57,9 +57,14 @@ class RowError(DataError):
     """
 
     def __init__(
-        self, text: str, reason: str = "unusable row", *,
-        file: str | None = None, row: int | None = None, line: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        text: str,
+        reason: str = "unusable row",
+        *,
+        file: str | None = None,
+        row: int | None = None,
+        line: int | None = None,
+    ) -> None:
         super().__init__(text, file=file, row=row, line=line)
         self.reason = reason
 

@@ -25,7 +25,7 @@ from fsdpsft.data.mask.spans import folder_disagrees
 from fsdpsft.data.rows.conversation import RowFormat, unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.distributed.mesh import Mesh, env_local_rank, env_rank
-from fsdpsft.errors import ConfigError, DataError, and_more
+from fsdpsft.errors import ConfigError, DataError, ModelError, and_more
 from fsdpsft.lr_schedule import LRSchedule, build_schedule
 from fsdpsft.model.load import load_tokenizer, resolve_model_path
 
@@ -84,13 +84,19 @@ def row_format(data: DataConfig) -> RowFormat:
 
 
 def generation_eos(model_path: Path) -> tuple[int, ...]:
-    """``eos_token_id`` of ``generation_config.json``, else of ``config.json``, as a tuple."""
-    for name in ("generation_config.json", "config.json"):
-        file = model_path / name
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        eos = content.get("eos_token_id")
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    """``eos_token_id`` of ``generation_config.json``, else of ``config.json``, as a tuple.
+
+    Raises:
+        ModelError: a file that is not JSON, or ids that are no numbers.
+    """
+    for file in (model_path / "generation_config.json", model_path / "config.json"):
+        try:
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+            found = tuple(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos]))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{file}: eos_token_id cannot be read ({error}); fix the file") from error
+        if found:
+            return found
     return ()
 
 

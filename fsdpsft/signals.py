@@ -55,7 +55,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run did as it was as
 
     def __init__(self, step: int) -> None:
         super().__init__(
-            f"stopped by request after step {step}; it is saved, and goes on from there when started again"
+            f"stopped by request after step {step}; it is saved, and continues from there when started again"
             if step
             else "stopped by request before the first step of this start; what it had begun is removed"
         )

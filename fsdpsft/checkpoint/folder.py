@@ -95,18 +95,18 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint.")
     content = read_object(path, CheckpointError, "Use another checkpoint.")
-    try:
-        checksum = content.pop("sha256")
-        version = content.pop("format_version")
-        files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-        manifest = Manifest(files=files, **content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint.") from error
+    version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
             f"version that wrote it."
         )
+    try:
+        checksum = content.pop("sha256")
+        files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+        manifest = Manifest(files=files, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); use another checkpoint.") from error
     if checksum != _checksum({"format_version": version, **asdict(manifest)}):
         raise CheckpointError(
             f"{path} is damaged: its content does not match its own checksum; use another checkpoint."

@@ -18,6 +18,7 @@ from pathlib import Path
 from fsdpsft.config.schema import Config
 from fsdpsft.data.batches.store import TokenStore
 from fsdpsft.data.batches.store_parts import BuildOptions
+from fsdpsft.data.mask.given import remarks
 from fsdpsft.data.rows.conversation import unused_columns
 from fsdpsft.data.rows.sources import Source, resolve_sources
 from fsdpsft.data.workers import usable_cores
@@ -71,10 +72,8 @@ class Options:
         html = _page_path(values["html"]) if "html" in values else None
         rows = values["rows"] if "rows" in values else str(DEFAULT_ROWS)
         samples = values["samples"] if "samples" in values else str(cls.samples)
-        return cls(
-            html, None if rows == "all" else whole_number("check.rows", rows, least=1),
-            whole_number("check.samples", samples, least=0),
-        )  # fmt: skip
+        limit = None if rows == "all" else whole_number("check.rows", rows, least=1)
+        return cls(html, limit, whole_number("check.samples", samples, least=0))
 
 
 def _page_path(name: str) -> Path:
@@ -115,15 +114,13 @@ def check(config: Config, options: Options) -> Report:
     return report if data is None else _with_facts(report, config, data, options)
 
 
-def _unused(parts: Sequence[Part]) -> dict[str, str]:
-    """By source, the columns that nothing reads."""
-    found = {}
-    for part in parts:
-        name = part.source.name
-        columns = unused_columns(part.source, part.encoder.adapters[name], part.encoder.formats[name])
-        if columns:
-            found[name] = and_more(columns, _SHOWN_COLUMNS)
-    return found
+def _unused(parts: Sequence[Part]) -> list[str]:
+    """The columns that nothing reads, a line for each source."""
+    lines = []
+    for source, encoder in ((part.source, part.encoder) for part in parts):
+        if columns := unused_columns(source, encoder.adapters[source.name], encoder.formats[source.name]):
+            lines.append(f"{source.name}: columns that nothing reads: {and_more(columns, _SHOWN_COLUMNS)}")
+    return lines
 
 
 def _extent(limit: int | None, available: int | None) -> str:
@@ -171,15 +168,19 @@ def _with_facts(report: Report, config: Config, data: TrainingData, options: Opt
     sources = source_facts(data.train, "train", [source.weight for source in data.sources])
     if data.validation is not None:
         sources += source_facts(data.validation, "validation", [1.0] * len(data.validation.source_names))
+    report.remarks.extend(remarks(data.train.stats))
     try:
         plan = plan_run(config, data)
     except (DataError, ConfigError) as error:
         plan = None
         report.problems.append(str(error))
     return replace(
-        report, sources=sources, histogram=length_histogram(data.train.lengths), plan=plan,
+        report,
+        sources=sources,
+        histogram=length_histogram(data.train.lengths),
+        plan=plan,
         samples=_samples(data.train, data, options.samples),
-    )  # fmt: skip
+    )
 
 
 def _samples(store: TokenStore, data: TrainingData, wanted: int) -> list[ShownSample]:

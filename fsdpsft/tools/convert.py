@@ -207,8 +207,11 @@ def convert(content: Mapping[str, Any], world_size: int = 1, trainer: str | None
     flat = flatten(content)
     trainer = trainer or _trainer_of(flat)
     defaults = other_trainers()[trainer]["defaults"]
+    unlimited = trainer == "trl" and flat.get("max_length", 1) is None  # of the other keys null is the default
     flat = {name: value for name, value in flat.items() if value is not None or name not in defaults}
     c = Conversion(trainer, world_size, {**defaults, **flat}, frozenset(flat))
+    if unlimited:
+        c.lost.append("max_length: null - there is always a limit; fsdpsft check shows the lengths")
     for name in sorted(c.given, key=lambda name: name in c.typed):  # what is typed comes after a default, and beats it
         _carry(name, c.given[name], c)
     _finish(c)
@@ -312,7 +315,8 @@ def _trainer_of(flat: Mapping[str, Any]) -> str:
 
 def text(c: Conversion, source: str) -> str:
     """Our settings as YAML, theirs beside them, and what was not carried over at the top."""
-    head = [f"{source}: settings of {TRAINERS[c.trainer]} (world_size={c.world_size})", c.arithmetic]
+    run = f"for {c.world_size} process{'es' if c.world_size > 1 else ''} (world_size=N says otherwise)"
+    head = [f"{source}: settings of {TRAINERS[c.trainer]}, {run}", c.arithmetic]
     head.append(f"It differs: {other_trainers()[c.trainer]['remark']}")
     for title, lines in (("Not carried over:", c.lost), ("Without need here:", c.idle)):
         head += [title, *(f"  {line}" for line in lines)] if lines else []

@@ -164,9 +164,15 @@ def show_sample(
     head = start + most // 2 if omitted else len(ids)
     shown = pieces(start, head)
     return ShownSample(
-        where, len(ids), sum(weight > 0 for weight in weights), pieces(max(start - most, 0), start), start,
-        shown + pieces(head + omitted, len(ids)), omitted, len(shown),
-    )  # fmt: skip
+        where,
+        len(ids),
+        sum(weight > 0 for weight in weights),
+        pieces(max(start - most, 0), start),
+        start,
+        shown + pieces(head + omitted, len(ids)),
+        omitted,
+        len(shown),
+    )
 
 
 def _pieces(

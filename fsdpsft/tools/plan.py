@@ -50,9 +50,9 @@ class Options:
         Raises:
             ConfigError: one of them is not usable.
         """
-        given = {**values}
-        world_size = whole_number("plan.world_size", given.pop("world_size", str(cls.world_size)), least=1)
-        gpu, share = given.pop("gpu", cls.gpu), given.pop("mfu", str(cls.mfu))
+        given = {"world_size": str(cls.world_size), "gpu": cls.gpu, "mfu": str(cls.mfu), **values}
+        world_size = whole_number("plan.world_size", given["world_size"], least=1)
+        gpu, share = given["gpu"], given["mfu"]
         if gpu not in PEAK_FLOPS:
             raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
         try:
@@ -75,13 +75,8 @@ def plan(config: Config, options: Options) -> tuple[RunPlan, Footprint]:
     footprint = estimate(config, data, run, gpus=options.world_size, gpu=options.gpu, mfu=options.mfu)
     style = Style(colour=sys.stdout.isatty())
     sources = source_facts(data.train, "train", [source.weight for source in data.sources])
-    for section in (
-        sources_section(sources),
-        lengths_section(length_histogram(data.train.lengths)),
-        plan_section(run),
-        rate_section(run),
-        footprint_section(footprint),
-    ):
+    sections = [sources_section(sources), lengths_section(length_histogram(data.train.lengths))]
+    for section in [*sections, plan_section(run), rate_section(run), footprint_section(footprint)]:
         sys.stdout.write(section_text(section, style))
     return run, footprint
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fsdpsft.tools.charts import curve_svg, histogram_svg
+from fsdpsft.tools.charts import curve_svg, histogram_svg, sparkline
 from fsdpsft.tools.facts import Histogram, ShownSample, SourceFacts
 from fsdpsft.tools.footprint import GIB, Footprint
 from fsdpsft.tools.proof import Group, Proof
 from fsdpsft.tools.run_plan import RunPlan
 
+_CURVE_WIDTH = 40
 CLAIMS = {
     "refused": "every row can be used",
     "prompt_ids": "prompt ids equal the generation prompt's ids",
@@ -25,14 +26,13 @@ CLAIMS = {
 NOTES = {
     "skipped": "rows left out (data.on_bad_row=skip)",
     "history_rewritten": "replies trained after another prompt than inference gives: the template rewrites earlier "
-    "turns (data.history=per_turn trains each after its own)",
+    "turns (data.history=auto trains each after its own)",
     "escaped": "conversations with special-token text in their content, spelt as ordinary text; apply_chat_template "
     "would make special tokens of it, so their prompts are not compared with its",
     "stop_not_in_eos": "replies whose stop token the model's generation_config lacks, as data.chat_template brings "
     "another; the exported model's will have it",
     "nothing_trained": "samples without a trained token",
-    "reasoning_dropped": "messages whose reasoning the template does not print, so that it is not trained",
-    "left_out": "parts of rows that the template does not print (data.may_drop lets them go)",
+    "left_out": "parts of rows that the template does not print, so that nothing is learnt from them (data.may_drop)",
 }
 """What breaks no rule and is worth knowing, by the finding's name."""
 
@@ -41,13 +41,12 @@ _LIMITS = {
     "prompt_ids": ("history_rewritten", "escaped"),
     "prefix": ("history_rewritten",),
     "stop_not_in_eos": ("stop_not_in_eos",),
-    "text_missing": ("reasoning_dropped", "left_out"),
+    "text_missing": ("left_out",),
 }
 """Claim -> notes that take something from it."""
 _UNPROVEN = {
     "history_rewritten": "replies are trained after another prompt than inference gives",
-    "reasoning_dropped": "messages lose their reasoning",
-    "left_out": "parts of rows are lost in the template",
+    "left_out": "parts of rows are not printed by the template",
 }
 """Notes with which what is trained is not all, or not exactly, what the model must say."""
 
@@ -60,13 +59,15 @@ class Section:
         text: sentences above the table.
         table: rows of cells, the titles first; empty for none.
         notes: explanations below it.
-        chart: a drawing as HTML, for the page alone.
+        curve: a drawing in one line, for the terminal.
+        chart: the same as HTML, for the page.
     """
 
     title: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
+    curve: str = ""
     chart: str = ""
 
 
@@ -92,7 +93,7 @@ class Report:
         model, template: the model's folder and the chat template in use (None where no row needs one).
         problems: why training would refuse to start, beside single rows.
         proof: of the rows.
-        unused: by source, the columns that nothing reads.
+        remarks: on the data, a line each.
         sources, histogram, samples, plan: of the tokenised data; empty or None where nothing could be tokenised.
     """
 
@@ -100,7 +101,7 @@ class Report:
     template: str | None
     problems: list[str]
     proof: Proof
-    unused: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     sources: list[SourceFacts] = field(default_factory=list)
     histogram: Histogram | None = None
     samples: list[ShownSample] = field(default_factory=list)
@@ -156,7 +157,7 @@ class Report:
     @property
     def sections(self) -> list[Section]:
         """The tables, in order."""
-        found = [sources_section(self.sources, self.unused)] if self.sources else []
+        found = [sources_section(self.sources, self.remarks)] if self.sources else []
         found += [lengths_section(self.histogram)] if self.histogram is not None else []
         found += [plan_section(self.plan), rate_section(self.plan)] if self.plan is not None else []
         return found
@@ -221,10 +222,10 @@ def ranges(numbers: Sequence[int], most: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
-def sources_section(sources: Sequence[SourceFacts], unused: dict[str, str] | None = None) -> Section:
+def sources_section(sources: Sequence[SourceFacts], remarks: Sequence[str] = ()) -> Section:
     """The sources, and what was left out of them."""
-    table = [["source", "rows", "samples", "tokens", "trained", "median", "longest", "cut", "left out", "twice",
-              "no label", "forged"]]  # fmt: skip
+    titles = ["source", "rows", "samples", "tokens", "trained", "median", "longest"]
+    table = [[*titles, "cut", "left out", "twice", "no label", "forged"]]
     reasons = []
     for s in sources:
         c, left_out = s.counts, s.left_out
@@ -238,15 +239,14 @@ def sources_section(sources: Sequence[SourceFacts], unused: dict[str, str] | Non
         "cut: samples truncated to data.max_length; twice: equal to an earlier one, and kept; no label: without a "
         "trained token; forged: with special-token text in the content, spelt as ordinary text"
     )
-    passed_over = [f"{name}: columns that nothing reads: {columns}" for name, columns in (unused or {}).items()]
-    return Section("Data", (), table, [legend, *reasons, *passed_over])
+    return Section("Data", (), table, [legend, *reasons, *remarks])
 
 
 def lengths_section(histogram: Histogram) -> Section:
     """Samples by length."""
     h = histogram
     text = f"half of the samples have up to {h.median:,} tokens, 95 % up to {h.percentile_95:,}"
-    return Section("Lengths", [f"{text}, the longest {h.longest:,}"], chart=histogram_svg(h))
+    return Section("Lengths", [f"{text}, the longest {h.longest:,}"], curve=sparkline(h.counts), chart=histogram_svg(h))
 
 
 def plan_section(plan: RunPlan) -> Section:
@@ -260,10 +260,9 @@ def plan_section(plan: RunPlan) -> Section:
     ]
     table = [["GPUs", "passes", "fill", "tokens", "cost", "in order: tokens", "cost", "waiting", "idle"]]
     for b in plan.balances:
-        table.append(
-            [str(b.gpus), f"{b.micro_batches:.1f}", percent(b.fill), f"{b.tokens:.3f}", f"{b.cost:.3f}",
-             f"{b.in_order_tokens:.3f}", f"{b.in_order_cost:.3f}", percent(b.lockstep - 1), f"{b.idle:.1f}"]
-        )  # fmt: skip
+        shares = [f"{value:.3f}" for value in (b.tokens, b.cost, b.in_order_tokens, b.in_order_cost)]
+        passes = [str(b.gpus), f"{b.micro_batches:.1f}", percent(b.fill)]
+        table.append([*passes, *shares, percent(b.lockstep - 1), f"{b.idle:.1f}"])
     legend = (
         "passes: forward passes of a GPU in a step; fill: share of computed tokens that are real; tokens, cost: the "
         "busiest GPU over the mean, by tokens and with attention, as planned and in the order of the data; waiting: "
@@ -274,9 +273,11 @@ def plan_section(plan: RunPlan) -> Section:
 
 def rate_section(plan: RunPlan) -> Section:
     """The learning rate over the steps."""
-    top, last = max(rate for _, rate in plan.lr), plan.lr[-1][1]
-    text = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up, up to {top:.3g}, {last:.3g} at the end"
-    return Section("Learning rate", [text], chart=curve_svg(plan.lr))
+    rates = [rate for _, rate in plan.lr]
+    warmup = f"{counted(plan.warmup_steps, 'step')} of warm-up"
+    text = f"{plan.schedule}, {warmup}, up to {max(rates):.3g}, {rates[-1]:.3g} at the end"
+    points = [rates[round(x * (len(rates) - 1) / (_CURVE_WIDTH - 1))] for x in range(_CURVE_WIDTH)]
+    return Section("Learning rate", [text], curve=sparkline(points), chart=curve_svg(plan.lr))
 
 
 def footprint_section(footprint: Footprint) -> Section:

@@ -71,7 +71,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def section_text(section: Section, style: Style) -> str:
     """A section without its drawing."""
-    text = "".join(f"  {visible(line)}\n" for line in section.text)
+    curve = [section.curve] if section.curve else []
+    text = "".join(f"  {visible(line)}\n" for line in [*curve, *section.text])
     if section.table:
         text += table([list(map(visible, row)) for row in section.table])
     for note in section.notes:

@@ -331,7 +331,7 @@ def test_too_little_space_is_noticed_before_writing(run, monkeypatch) -> None:
     assert manager.latest_good() == folder / "out" / "global_step_1"
 
 
-def test_the_probe_refuses_a_model_that_answers_otherwise(run) -> None:
+def test_the_probe_refuses_a_model_that_answers_otherwise(run, caplog) -> None:
     folder, model, optimizer, manager = run
     ids = torch.arange(12)
     losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1].detach(), ids[1:], reduction="none")
@@ -341,6 +341,14 @@ def test_the_probe_refuses_a_model_that_answers_otherwise(run) -> None:
     with pytest.raises(CheckpointError, match=r"token losses .* 0\.01 nats \(median\) away"):
         manager.save(model, optimizer, TrainState(2), probe=Probe(ids, losses + 0.01, token_losses))
     assert not (folder / "out" / "global_step_2").exists()
+
+    def cannot_tell(folder: Path, ids: Tensor) -> Tensor:
+        raise NotImplementedError("it reads what it does not call")
+
+    with caplog.at_level(logging.WARNING):
+        manager.save(model, optimizer, TrainState(3), probe=Probe(ids, losses, cannot_tell))
+    verdict = read_manifest(folder / "out" / "global_step_3").verdict["probe"]
+    assert verdict == {"compared": "no: it reads what it does not call"} and "were not compared" in caplog.text
 
 
 def test_contents_model_only_and_state_only(run) -> None:

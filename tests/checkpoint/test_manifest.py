@@ -74,3 +74,11 @@ def test_a_broken_manifest_is_refused(tmp_path, content) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="damaged"):
         read_manifest(tmp_path)
+
+
+def test_another_format_is_named_not_called_damaged(tmp_path) -> None:
+    make(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2, "new": 0'))
+    with pytest.raises(CheckpointError, match=r"format_version 2; .* Resume with the version that wrote it"):
+        read_manifest(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from fsdpsft.batch import Sample
 from fsdpsft.data.batches.store import COLUMNS, TokenStore, columns_of
 
 
@@ -13,7 +14,9 @@ def memory_store(
     samples: Iterable[tuple[Sequence[int], Sequence[float]]], source_counts: Mapping[str, int] | None = None
 ) -> TokenStore:
     """A store of (token ids, loss weights) pairs, those of one source next to each other."""
-    arrays = columns_of([(np.asarray(ids), np.asarray(weights), row) for row, (ids, weights) in enumerate(samples)])
+    arrays = columns_of(
+        [Sample(np.asarray(ids), np.asarray(weights), row) for row, (ids, weights) in enumerate(samples)]
+    )
     counts = source_counts if source_counts is not None else {"memory": len(arrays["lengths"])}
     assert sum(counts.values()) == len(arrays["lengths"])
     return TokenStore(

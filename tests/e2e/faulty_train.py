@@ -1,4 +1,4 @@
-"""``fsdpsft.train`` in which one rank comes to grief at one step: python faulty_train.py FAULT RANK STEP key=value …"""
+"""``fsdpsft.train`` in which one rank fails at one step: python faulty_train.py FAULT RANK STEP key=value …"""
 
 from __future__ import annotations
 

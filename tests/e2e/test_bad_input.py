@@ -108,6 +108,19 @@ def test_model_path_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "nobody/nothing" in text and "folder" in text
 
 
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"eos_token_id": "x"}', b'{"eos_token_id": {}}', b"\xff", b"[" * 9999]
+)
+def test_generation_config_that_cannot_be_read(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    (model / "generation_config.json").write_bytes(content)
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD] * 5)
+    text = complaint(capsys, tmp_path, f"data.train_files={path}", f"model.partial_pretrain={model}")
+    assert "generation_config.json: eos_token_id cannot be read" in text
+
+
 def test_base_model_without_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer(template=None))
     path = write_rows(tmp_path / "rows.jsonl", [GOOD] * 5)

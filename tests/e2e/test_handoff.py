@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def train(folder: Path, name: str, *more: str) -> Path:
         *more,
     ]
     config = load_config(settings)
+    before = threading.enumerate()
     run_training(config)
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert set(left) <= {"tqdm_monitor"}  # which tqdm ends itself at the interpreter's exit
     (folder / f"{name}.fingerprint").write_text(prepare_data(config).train.fingerprint)
     return folder / name
 

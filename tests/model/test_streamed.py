@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fsdpsft.errors import ModelError
+from fsdpsft.model import streamed
 from fsdpsft.model.streamed import parts_of, token_losses
 from fsdpsft.testing import PeakMemory, save_tiny_model
 
@@ -78,3 +79,11 @@ def test_a_model_that_lacks_tensors_or_has_others_is_refused(tmp_path: Path) -> 
         (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
         with pytest.raises(ModelError, match=complaint):
             token_losses(source, IDS)
+
+
+def test_a_model_that_reads_weights_of_what_it_does_not_call_is_told_apart(tmp_path: Path, monkeypatch) -> None:
+    source = save(tmp_path, "llama")
+    read = streamed._read_while_called
+    monkeypatch.setattr(streamed, "_read_while_called", lambda part, files: part.name == "lm_head" or read(part, files))
+    with pytest.raises(NotImplementedError, match="reads weights of a module that is not called"):
+        token_losses(source, IDS)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from fsdpsft.batch import Sample
 from fsdpsft.data.batches.store_parts import BuildOptions
@@ -261,22 +262,27 @@ def test_the_headline_says_no_more_than_the_notes(run, tmp_path: Path) -> None:
     """Thoughts that the template drops, and replies trained after a rewritten history, are not proven."""
     rows = [chat("a?", "b", reasoning_content="so")] * 3 + [chat("a?", "b")]
     page = tmp_path / "page.html"
-    code, out, _ = run(write(tmp_path / "a.jsonl", rows), f"check.html={page}")
-    claim = CLAIMS["text_missing"]
-    if code == 0:  # data.may_drop has its own say in this
-        assert "are proven" not in out
-        headline = "All 4 rows can be trained on, with limits: 3 messages lose their reasoning."
-        assert headline in out and f"· {claim}: not for 3 rows, see below" in out
-        assert f"<h1>{headline}</h1>" in page.read_text() and '<body class="limited">' in page.read_text()
+    data = write(tmp_path / "a.jsonl", rows)
+    code, out, _ = run(data, f"check.html={page}")
+    assert code == 1 and "3 of 4 rows fail" in out
+    code, out, _ = run(data, "data.may_drop=[reasoning]", f"check.html={page}")
+    headline = "All 4 rows can be trained on, with limits: 3 parts of rows are not printed by the template."
+    claim = f"{CLAIMS['text_missing']}: not for 3 rows, see below"
+    assert code == 0 and headline in out and f"· {claim}" in out
+    assert "not printed by the chat template, so not learnt from (data.may_drop): 3 reasoning" in out
+    for part in (f"<h1>{headline}</h1>", '<body class="limited">', f'<li class="limited">{escape(claim)}</li>'):
+        assert part in page.read_text()
     template = tmp_path / "template.jinja"
     template.write_text(FORGETFUL)
-    several = [chat("a?", "one", "b?", "two", reasoning_content="so")] * 4
-    code, out, _ = run(write(tmp_path / "b.jsonl", several), f"data.chat_template={template}", f"check.html={page}")
+    data = write(tmp_path / "b.jsonl", [chat("a?", "one", "b?", "two", reasoning_content="so")] * 4)
+    code, out, _ = run(data, f"data.chat_template={template}", "data.history=as_rendered", f"check.html={page}")
     assert code == 0 and "are proven" not in out
     assert "4 replies are trained after another prompt than inference gives" in out.splitlines()[-2]
-    assert f"· {CLAIMS['prefix']}: not for 4 rows, see below" in out
-    assert f"✓ {CLAIMS['prefix']}" not in out
-    assert f'<li class="limited">{CLAIMS["prefix"]}: not for 4 rows, see below</li>' in page.read_text()
+    claim = f"{CLAIMS['prefix']}: not for 4 rows, see below"
+    assert f"· {claim}" in out and f"✓ {CLAIMS['prefix']}" not in out
+    assert f'<li class="limited">{claim}</li>' in page.read_text()
+    code, out, _ = run(data, f"data.chat_template={template}")
+    assert code == 0 and "All 4 rows are proven" in out and "4 further samples" in out
 
 
 def test_columns_that_nothing_reads_are_listed_once(run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -389,6 +395,18 @@ def test_a_sample_with_tools_opens_at_its_first_trained_token() -> None:
         assert [i for piece in shown.opening for i in piece.ids] == list(range(max(860 - most, 0), 860))
     text = samples_text([shown.shortened(100)], Style(colour=False))
     assert "… 860 tokens before …" in text and "⟦xxxxx⟧" in text
+
+
+def test_a_long_prompt_is_folded_away_on_the_page(run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    data = write(tmp_path / "a.jsonl", [chat("word " * 300, "yes")] * 2)
+    code, out, _ = run(data, "data.max_length=4096", "check.samples=1", f"check.html={page}")
+    assert code == 0
+    (before,) = re.findall(r"… ([\d,]+) tokens before …", out)
+    text = page.read_text()
+    assert text.count(f"<details><summary>{before} tokens before</summary>") == 1
+    folded, _, shown = text.partition("<details>")[2].partition("</details>")
+    assert 'class="t"' in shown and 'class="t"' not in folded
 
 
 def test_colours_only_where_there_is_a_terminal() -> None:

@@ -217,6 +217,7 @@ def test_keys_that_take_a_rule(tmp_path: Path, extra: str, wanted: dict[str, Any
         ("num_train_epochs: 0.3", "whole epochs"),
         ("report_to: [mlflow]", "console, tensorboard and wandb"),
         ("fp16: true", "float16"),
+        ("max_length: null", "there is always a limit"),
         ("no_such_key: 3", "unknown here"),
         ("per_device_train_batch_size: 0", "train_batch_size"),
         ("seed: -5", "trainer.seed=-5"),

@@ -41,9 +41,6 @@ STATS = "stats.json"
 SMALL_BYTES = 16 << 20
 """Files up to this size are hashed whenever a store is opened (milliseconds each), larger ones when asked for."""
 
-Laid = tuple[NDArray[Any], NDArray[Any], int]
-"""(token ids, loss weights, row number) of one sample."""
-
 
 @dataclass(frozen=True)
 class TokenStore:
@@ -131,10 +128,10 @@ class TokenStore:
         )
 
 
-def columns_of(samples: Sequence[Laid]) -> dict[str, NDArray[Any]]:
-    """Lay (token ids, loss weights, row number) triples out as arrays; run_counts stand for offsets."""
-    lengths = np.array([len(ids) for ids, _, _ in samples], COLUMNS["lengths"])
-    weights = np.concatenate([np.empty(0, np.float32), *(weights for _, weights, _ in samples)]).astype(np.float32)
+def columns_of(samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
+    """Lay samples, one at least, out as arrays; run_counts stand for offsets, and a sample's row is its row number."""
+    lengths = np.array([len(sample.input_ids) for sample in samples], COLUMNS["lengths"])
+    weights = np.concatenate([sample.loss_weights for sample in samples]).astype(np.float32)
     owner = np.repeat(np.arange(len(samples)), lengths)
     first = np.cumsum(lengths, dtype=np.int64) - lengths
     runs, run_owner = _runs_of(weights, owner, first)
@@ -142,13 +139,13 @@ def columns_of(samples: Sequence[Laid]) -> dict[str, NDArray[Any]]:
     counts[first[lengths > 0]] = False  # no position comes before a sample's first token that could predict it
     owner = owner[counts]
     return {
-        "tokens": np.concatenate([np.empty(0, np.uint32), *(ids for ids, _, _ in samples)]).astype(np.uint32),
+        "tokens": np.concatenate([sample.input_ids for sample in samples]).astype(np.uint32),
         "runs": runs,
         "run_counts": np.bincount(run_owner, minlength=len(samples)),
         "lengths": lengths,
         "trained": np.bincount(owner, minlength=len(samples)).astype(COLUMNS["trained"]),
         "weights": np.bincount(owner, weights[counts].astype(np.float64), len(samples)).astype(COLUMNS["weights"]),
-        "row_numbers": np.array([row for _, _, row in samples], COLUMNS["row_numbers"]),
+        "row_numbers": np.array([sample.row for sample in samples], COLUMNS["row_numbers"]),
     }
 
 
@@ -158,7 +155,7 @@ def _runs_of(
     """Stretches of equal weight above 0 within a sample, and the sample of each; places are counted in the sample."""
     changes = (weights[1:] != weights[:-1]) | (owner[1:] != owner[:-1])
     bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(weights)]])
-    trained = np.flatnonzero(weights[bounds[:-1]] > 0) if len(weights) else np.empty(0, np.int64)
+    trained = np.flatnonzero(weights[bounds[:-1]] > 0)
     starts, stops = bounds[:-1][trained], bounds[1:][trained]
     runs = np.empty(len(trained), RUN)
     runs["start"], runs["stop"] = starts - first[owner[starts]], stops - first[owner[starts]]

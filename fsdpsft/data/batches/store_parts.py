@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fsdpsft.data.batches.store import COLUMNS, Laid, columns_of
+from fsdpsft.batch import Sample
+from fsdpsft.data.batches.store import COLUMNS, columns_of
 from fsdpsft.data.mask.template import Encoded
 from fsdpsft.data.rows.sources import Row, Shard, Source, read_shard
 from fsdpsft.errors import RowError
@@ -161,7 +162,7 @@ class Job:
         with ExitStack() as stack:
             files = {name: stack.enter_context(self.part(number, name).open("wb")) for name in PART_ARRAYS}
             for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
-                kept: list[Laid] = []
+                kept: list[Sample] = []
                 for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
                     try:
                         kept += self._usable(row, result, tally)
@@ -177,7 +178,7 @@ class Job:
         tally.skipped[fault.reason] += 1
         tally.note(str(fault))
 
-    def _usable(self, row: Row, samples: Sequence[Encoded] | RowError, tally: Tally) -> Iterator[Laid]:
+    def _usable(self, row: Row, samples: Sequence[Encoded] | RowError, tally: Tally) -> Iterator[Sample]:
         """A row's samples, as far as they may stay.
 
         Raises:
@@ -196,7 +197,7 @@ class Job:
             _check_ids(row, sample, self.encoder.vocab_size)
             kept = truncate(sample, self.options, row)
             cut = len(sample.input_ids) > self.options.max_length
-            if kept is None or not (_is_trained(kept[1]) if cut else is_trained):
+            if kept is None or not (_is_trained(kept.loss_weights) if cut else is_trained):
                 reason = TOO_LONG if kept is None else NOTHING_LEFT if cut else NO_TRAINED_TOKEN
                 tally.dropped[reason] += 1
                 tally.note(f"{row.where}: dropped, {reason} ({len(sample.input_ids)} tokens)")
@@ -205,17 +206,17 @@ class Job:
             tally.escaped += sample.escaped > 0
             tally.rewritten += sample.rewritten
             tally.again += sample.again
-            tally.again_tokens += len(kept[0]) if sample.again else 0
+            tally.again_tokens += len(kept.input_ids) if sample.again else 0
             tally.left_out.update(sample.left_out)
-            yield (*kept, row.index)
+            yield Sample(kept.input_ids, kept.loss_weights, row.index)
 
-    def _write(self, samples: Sequence[Laid], files: Mapping[str, BinaryIO], tally: Tally) -> None:
+    def _write(self, samples: Sequence[Sample], files: Mapping[str, BinaryIO], tally: Tally) -> None:
         """Append samples to the part files, and count them."""
         if not samples:
             return
         arrays = columns_of(samples)
         arrays["tokens"] = arrays["tokens"].astype(self.token_dtype)
-        spelt = (np.ascontiguousarray(ids, "<u4").data for ids, _, _ in samples)
+        spelt = (np.ascontiguousarray(sample.input_ids, "<u4").data for sample in samples)
         digests = [hashlib.blake2b(ids, digest_size=8).digest() for ids in spelt]
         arrays["hashes"] = np.frombuffer(b"".join(digests), HASH_DTYPE)
         for name, file in files.items():
@@ -233,7 +234,7 @@ def _check_ids(row: Row, sample: Encoded, vocab_size: int) -> None:
         raise row.error(f"token id {largest}, but the tokenizer has only {vocab_size}", "unknown token id")
 
 
-def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[Any], NDArray[Any]] | None:
+def truncate(sample: Encoded, options: BuildOptions, row: Row) -> Encoded | None:
     """Cut a sample's ids and loss weights to the length limit, both at the same place; None when it is dropped.
 
     Raises:
@@ -241,13 +242,12 @@ def truncate(sample: Encoded, options: BuildOptions, row: Row) -> tuple[NDArray[
     """
     limit, length = options.max_length, len(sample.input_ids)
     if length <= limit:
-        return sample.input_ids, sample.loss_weights
-    if options.truncation == "left":
-        return sample.input_ids[-limit:], sample.loss_weights[-limit:]
-    if options.truncation == "right":
-        return sample.input_ids[:limit], sample.loss_weights[:limit]
+        return sample
     if options.truncation == "drop":
         return None
+    if options.truncation in ("left", "right"):
+        kept = slice(-limit, None) if options.truncation == "left" else slice(limit)
+        return sample._replace(input_ids=sample.input_ids[kept], loss_weights=sample.loss_weights[kept])
     raise row.error(
         f"{length} tokens, more than data.max_length={limit}; raise data.max_length, or choose "
         f"data.truncation=left, right or drop",

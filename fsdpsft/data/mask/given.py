@@ -134,18 +134,26 @@ def _pieces(given: Given, count: int) -> Iterator[Missing]:
             if shown.strip():
                 yield Missing(_BY_ROLE.get(role, "content"), index, shown.strip())
         for call in message.get("tool_calls") or ():
-            yield from (Missing("tool_calls", index, text) for text in _names(call))
+            yield from (Missing("tool_calls", index, text) for text in _texts(call))
     for tool in given.variables.get("tools") or ():
-        yield from (Missing("tools", None, text) for text in _names(tool))
+        yield from (Missing("tools", None, text) for text in _texts(tool))
 
 
-def _names(item: Any) -> list[str]:
-    """The name of a tool or call, and a tool's description."""
+def _texts(item: Any) -> list[str]:
+    """The texts of a tool or call: its name, description and arguments. Of parameters, a template may print a part."""
     inner = item.get("function", item) if isinstance(item, dict) else None
     if not isinstance(inner, dict):
         return []
-    texts = [inner.get("name"), inner.get("description")]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    texts = _strings([inner.get(key) for key in ("name", "description", "arguments")])
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _thoughts(message: Message) -> list[str]:

@@ -1,6 +1,6 @@
 """How a byte-level tokenizer cuts texts into pre-tokens, as functions of ``re``.
 
-Tokenizers state it as regular expressions in Oniguruma's dialect (with Ruby's syntax). An expression is taken over only
+Tokenizers state it as regular expressions in Oniguruma's dialect (with Ruby's syntax). An expression is used only
 if each of its constructs means the same in ``re``; classes of characters, which follow the Unicode version at hand, are
 spelt out from ``unicodedata``.
 """
@@ -35,7 +35,7 @@ _SPACE_ONLY_FIRST = {
 }  # fmt: skip
 
 _WHITE_SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
-_COMPANY = "{0}|a{0}a|A{0}A|a{0}A|A{0}a|1{0}1|.{0}.|'{0}|'{0}a|\n{0}\n| {0} |  {0}{0}  |{0}\n|{0}1|a{0}1"
+_CONTEXTS = "{0}|a{0}a|A{0}A|a{0}A|A{0}a|1{0}1|.{0}.|'{0}|'{0}a|\n{0}\n| {0} |  {0}{0}  |{0}\n|{0}1|a{0}1"
 
 _ESCAPE = r"\\(?P<property>[pP])\{(?P<category>[A-Z][a-z]?)\} | \\(?P<space>[sS]) | \\(?P<plain>[rntf]|[^\w\s])"
 # Not among them: "." "^" "$", which differ at line ends; groups that are counted; "{2}+", there a repetition of a
@@ -49,7 +49,7 @@ _IN_CLASS = re.compile(rf"{_ESCAPE} | (?P<close>\]) | (?P<other>(?!&&|--|~~|\|\|
 
 
 class Unlike(Exception):  # noqa: N818
-    """The tokenizer cuts texts in a way that is not to be had here."""
+    """The tokenizer cuts texts in a way that this module cannot."""
 
 
 def require(condition: bool) -> None:
@@ -58,9 +58,9 @@ def require(condition: bool) -> None:
         raise Unlike
 
 
-def company(character: str) -> str:
+def in_contexts(character: str) -> str:
     """A text that shows how a character is cut: alone and next to itself, letters, digits, signs and white space."""
-    return _COMPANY.replace("{0}", character)
+    return _CONTEXTS.replace("{0}", character)
 
 
 def cut_of(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> tuple[Cut, bool]:
@@ -104,7 +104,7 @@ def _pattern(step: dict[str, Any]) -> str:
 def _cutter(pattern: str) -> Cut:
     expression = translate(pattern)
     find, split = re.compile(expression).findall, re.compile(f"({expression})").split
-    samples = [company(chr(number)) for number in range(128)]
+    samples = [in_contexts(chr(number)) for number in range(128)]
     if all("".join(find(sample)) == sample for sample in samples):
         return find
     return lambda text: [piece for piece in split(text) if piece]  # what lies between two finds is a piece too

@@ -5,7 +5,7 @@ pre-tokens and merges bytes only within each. Texts repeat their words, so the i
 computed once, by the tokenizer's own model, and looked up from then on. What is ours is the cutting
 (``pretoken_cuts``); it is right where it cuts as the tokenizer does, and that is not taken for granted:
 
-* each character is tried in all kinds of company, by the tokenizer and by us, before a text that holds it is cut here;
+* each character is tried in many contexts, by the tokenizer and by us, before a text that holds it is cut here;
   a text with a character on which the two differ (another Unicode version, say) goes to the tokenizer;
 * one text in ``AUDIT_EVERY`` is tokenised both ways.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from fsdpsft.data.mask.pretoken_cuts import Unlike, company, cut_of, require, trie_pattern
+from fsdpsft.data.mask.pretoken_cuts import Unlike, cut_of, in_contexts, require, trie_pattern
 
 ENABLED = True  # False: the tokenizer alone, for measurements
 AUDIT_EVERY = 512
@@ -112,7 +112,7 @@ class PreTokenizer:
         """The ids of a text; None where only the tokenizer itself can say.
 
         Raises:
-            AssertionError: the ids of a text that was tokenised both ways differ; nothing from here can be trusted.
+            AssertionError: the ids of a text that was tokenised both ways differ; no ids of this table can be trusted.
         """
         if not self._may_cut(text):
             return None
@@ -194,11 +194,11 @@ class PreTokenizer:
         return self._odd is None or self._odd.search(text) is None
 
     def _learn(self, characters: Iterable[str]) -> None:
-        """Try characters in company, by the tokenizer and by us."""
+        """Try characters in many contexts, by the tokenizer and by us."""
         pre_tokenizer, normalizer = self._backend.pre_tokenizer, self._backend.normalizer
         assert pre_tokenizer is not None
         for character in characters:
-            sample = company(character)
+            sample = in_contexts(character)
             try:
                 expected = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(sample)]
                 same = expected == [self._spell(pretoken) for pretoken in self._cut(sample)]

@@ -1,6 +1,6 @@
 """The proof of a conversation's mask against transformers' own ``apply_chat_template``, finding by finding.
 
-``chat_template`` proves spans from its own renders; this asks transformers, as inference does, token by token, and so
+``template`` proves spans from its own renders; this asks transformers, as inference does, token by token, and so
 would also notice a fault of ours.
 """
 
@@ -139,7 +139,7 @@ def _foreign(template: ChatTemplate, conversation: Conversation) -> Iterator[Fin
     witnessed = replace(conversation, messages=messages, tools=_witnessed(conversation.tools))
     try:
         plan = template.plan(witnessed)
-    except DataError:  # the template reads the content it prints; the spans' own proof has to do
+    except DataError:  # the template reads the content it prints; only the proof of the spans is left
         return
     for text in plan.texts:
         for span in text.spans:

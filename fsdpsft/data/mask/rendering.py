@@ -35,9 +35,15 @@ RESERVED = "[\U00100000-\U0010ffff]"
 
 # What template code can raise on messages it was not written for; anything else is a bug of ours.
 _TEMPLATE_FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
     MemoryError,
-)  # fmt: skip
+)
 
 
 class Rendered(NamedTuple):

@@ -187,9 +187,7 @@ def _check_growth(*given: Any) -> None:
         _require(len(text) * len(values) + sum(len(item) for item in values if isinstance(item, str)))
 
 
-_OPERATORS: dict[str, Callable[..., None]] = {
-    "*": _check_product, "**": _check_power, "%": _check_format
-}  # fmt: skip
+_OPERATORS: dict[str, Callable[..., None]] = {"*": _check_product, "**": _check_power, "%": _check_format}
 _FILTERS: dict[str, Callable[..., None]] = {"format": _check_format} | dict.fromkeys(
     ("batch", "center", "indent", "join", "replace", "round", "slice", "sum", "tojson", "wordwrap"), _check_growth
 )

@@ -144,7 +144,7 @@ def resolve_template(named: str | None, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 class ChatTemplate:
-    """Turns conversations into token ids and loss weights. Holds compiled code: build one per process.
+    """Turns conversations into token ids and loss weights. Holds compiled code, so each process makes its own.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -287,7 +287,8 @@ class ChatTemplate:
                 seen = prover.template.plain(plain[: text.messages], variables, False)
                 if not hiding.restore(text.text).startswith(seen):
                     raise RowError(
-                        "the template treats special-token text in the content in a way of its own", _SPECIAL_IN_CONTENT
+                        "the template prints special-token text in the content otherwise than other text",
+                        _SPECIAL_IN_CONTENT,
                     )
         return Plan(texts, plain, hiding, tuple(left_out))
 
@@ -345,9 +346,7 @@ class ChatTemplate:
             reply = self.tokens.encode(text[span.start : span.end])
             end = start + len(reply) if np.array_equal(ids[start : start + len(reply)], reply) else None
         if end is None or (span.closes and int(ids[end - 1]) not in self._stop_ids):
-            raise refuse(
-                span.message, f"its stop token is not a token of its own in {text[span.end - 20 : span.end]!r}"
-            )
+            raise refuse(span.message, f"its stop token is not a token by itself in {text[span.end - 20 : span.end]!r}")
         return end
 
     def _cut(self, text: str, ids: Ids, span: Span) -> tuple[Ids, int | None]:

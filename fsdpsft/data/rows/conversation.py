@@ -183,11 +183,7 @@ def _message_list(value: Any, name: str, options: RowFormat) -> list[Message]:
     if not value:
         raise fault("empty conversation", name, "the list of messages is empty", "remove the row")
     keys = options.message_keys
-    messages = [parse_message(raw, f"{name}[{index}]", keys) for index, raw in enumerate(value)]
-    styles = {message.style for message in messages}
-    if len(styles) > 1:
-        raise fault("mixed formats", name, "some messages have role, others from", "write all of them alike")
-    return messages
+    return [parse_message(raw, f"{name}[{index}]", keys) for index, raw in enumerate(value)]
 
 
 def read_prompt_response(columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
@@ -200,7 +196,7 @@ def read_prompt_response(columns: Mapping[str, Any], options: RowFormat) -> list
     prompt, prompt_name = _follow(columns, prompt_key, options.prompt_dict_keys)
     response, response_name = _follow(columns, response_key, options.response_dict_keys)
     if isinstance(prompt, list):
-        before = [_untrained(message) for message in _message_list(prompt, prompt_name, options)]
+        before = [message._replace(train=False) for message in _message_list(prompt, prompt_name, options)]
     else:
         before = [_user(prompt, prompt_name)]
     if isinstance(response, list):
@@ -211,10 +207,6 @@ def read_prompt_response(columns: Mapping[str, Any], options: RowFormat) -> list
             raise fault("mixed formats", response_name, problem, advice)
         return before + replies
     return [*before, _assistant(response, response_name)]
-
-
-def _untrained(message: Message) -> Message:
-    return Message(message.entries, message.style, False, message.weight)
 
 
 def _user(value: Any, name: str) -> Message:

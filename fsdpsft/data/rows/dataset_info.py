@@ -76,11 +76,6 @@ class DatasetInfo:
             raise DataError(f"data.dataset_info={path}: must map each data set's name to an object with its file_name")
         return cls(str(file), entries)
 
-    @property
-    def names(self) -> list[str]:
-        """The data sets' names."""
-        return list(self.entries)
-
     def resolve(self, name: str) -> tuple[str, dict[str, Any]]:
         """The path or Hub name of a data set, and the ``RowFormat`` fields its entry states.
 

@@ -27,9 +27,15 @@ PREFERENCE_COLUMNS = frozenset({"chosen", "rejected"})
 _VERDICT_COLUMNS = frozenset({"label", "kto_tag"})
 _OTHER_TRAINING = MEDIA_COLUMNS | PREFERENCE_COLUMNS | _VERDICT_COLUMNS
 _COLUMN_KEYS = (
-    "prompt_key", "response_key", "query_key", "history_key", "system_key", "messages_key", "tools_key",
+    "prompt_key",
+    "response_key",
+    "query_key",
+    "history_key",
+    "system_key",
+    "messages_key",
+    "tools_key",
     "enable_thinking_key",
-)  # fmt: skip
+)
 _ALPACA_COLUMNS = ("instruction", "input", "output", "history")
 _TOKEN_COLUMNS = ("input_ids", "loss_mask", "labels", "attention_mask")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -188,6 +194,8 @@ def refuse_other_training(columns: Mapping[str, Any], options: RowFormat) -> Non
     Raises:
         RowError: the row holds images, sounds or answers to compare, or its answer is marked as unwanted.
     """
+    if _OTHER_TRAINING.isdisjoint(columns):
+        return
     for name in sorted(_OTHER_TRAINING.intersection(columns).difference(options.named)):
         value = columns[name]
         if name in PREFERENCE_COLUMNS:

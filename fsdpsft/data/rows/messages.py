@@ -75,13 +75,11 @@ class Message(NamedTuple):
     Attributes:
         entries: what the template gets: role, content (text), and where given reasoning_content, tool_calls (objects
             with arguments as dicts), tool_call_id, name and whatever else the data has.
-        style: "role" or "from", as the data wrote it.
         train: what the data says about training this message; None: nothing.
         weight: loss weight of its tokens, 0 or more.
     """
 
     entries: dict[str, Any]
-    style: str = "role"
     train: bool | None = None
     weight: float = 1.0
 
@@ -210,7 +208,7 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     given = {key: value for key, value in raw.items() if value is not None}
     if keys.usual and given.keys() == _ROLE_AND_CONTENT and _is_usual(given):
         return Message(given)
-    role_key, content_key, style = _keys_of(given, column, keys)
+    role_key, content_key = _keys_of(given, column, keys)
     role = _role(given[role_key], column, role_key, keys.roles)
     entries: dict[str, Any] = {"role": "assistant" if role == "function_call" else role}
     text, reasoning = _content(given, content_key, column, role)
@@ -226,7 +224,7 @@ def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     for key, value in given.items():
         if key not in _CONTROL and key not in (role_key, content_key, "role", "content"):
             entries[text_of(key, column)] = plain(value, f"{column}.{key}")
-    return Message(entries, style, _train(given, column, entries["role"]), _weight(given, column))
+    return Message(entries, _train(given, column, entries["role"]), _weight(given, column))
 
 
 def _is_usual(given: dict[str, Any]) -> bool:
@@ -236,17 +234,15 @@ def _is_usual(given: dict[str, Any]) -> bool:
     return usual and isinstance(content, str) and content.isascii()
 
 
-def _keys_of(given: dict[str, Any], column: str, keys: MessageKeys) -> tuple[str, str, str]:
-    """Names of the role's and the content's keys, and the style they make."""
+def _keys_of(given: dict[str, Any], column: str, keys: MessageKeys) -> tuple[str, str]:
+    """Names of the role's and the content's keys."""
     role_key = keys.role or ("from" if "from" in given and "role" not in given else "role")
     if role_key not in given:
         problem = f"a message needs the key {role_key} (or ShareGPT's from), it has {listed(given)}"
         raise fault("missing role", column, problem, "add it")
-    style = "from" if role_key == "from" else "role"
     if keys.role is None and "from" in given and "role" in given:
         raise fault("mixed formats", column, "a message has both role and from", "keep one of them", given)
-    content_key = keys.content or ("value" if style == "from" and "content" not in given else "content")
-    return role_key, content_key, style
+    return role_key, keys.content or ("value" if role_key == "from" and "content" not in given else "content")
 
 
 def _role(value: Any, column: str, key: str, names: Mapping[str, str]) -> str:

@@ -132,7 +132,7 @@ def _resolve_item(item: Any, info: DatasetInfo | None, split: str) -> Source:
     path = os.fspath(path)
     row_format: dict[str, Any] = {}
     name = item.get("name") or _short_name(path)
-    if info is not None and path in info.names:
+    if info is not None and path in info.entries:
         path, row_format = info.resolve(path)
     try:
         found_files = tuple(_find_files(path, split, info))
@@ -170,7 +170,7 @@ def _find_files(path: str, split: str, info: DatasetInfo | None) -> list[str]:
         raise DataError(f"{path}: the pattern matches no data file ({', '.join(files.SUFFIXES)}); {_nearest(local)}")
     if is_hub_name(path) and not local.parent.exists():
         return fetch_hub_rows(path, split)
-    names = "" if info is None else f"; {info.path} has the data sets {', '.join(info.names)}"
+    names = "" if info is None else f"; {info.path} has the data sets {', '.join(info.entries)}"
     raise DataError(f"{path}: no such file or folder; {_nearest(local)}{names}")
 
 

@@ -188,8 +188,8 @@ LONG = {"ids": [1, 2, 3, 4, 5, 6], "weights": [0, 0, 1, 0, 0, 2]}
 )
 def test_truncation_cuts_tokens_and_mask_at_the_same_place(mode, limit, expected):
     sample = Encoded(np.array(LONG["ids"]), np.array(LONG["weights"]))
-    ids, weights = truncate(sample, BuildOptions(limit, mode), Row("f", 0, {}))
-    assert (ids.tolist(), weights.tolist()) == expected
+    kept = truncate(sample, BuildOptions(limit, mode), Row("f", 0, {}))
+    assert (kept.input_ids.tolist(), kept.loss_weights.tolist()) == expected
 
 
 def test_left_truncation_counts_labels_not_marks(tmp_path):

@@ -134,6 +134,15 @@ def test_the_key_and_the_mask_know_the_same_kinds() -> None:
     assert KINDS == MAY_DROP
 
 
+def test_arguments_of_calls_are_given_too() -> None:
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": ["seven"]}}}]
+    case = conversation(ASK, message("assistant", "", tool_calls=call), ASK, SAY)
+    (sample,) = template(golden.TOOLS).encode(case)
+    assert sample.left_out == ()
+    with pytest.raises(RowError, match="message 1: the chat template does not print its tool calls 'seven'"):
+        template(golden.TOOLS.replace("c.function | tojson", "c.function.name")).encode(case)
+
+
 def test_unknown_kinds_are_named() -> None:
     with pytest.raises(ConfigError, match=r"data\.may_drop=\['thoughts'\].*reasoning, system"):
         template(may_drop=["thoughts"])

@@ -359,7 +359,6 @@ def test_bad_tokens(columns: dict[str, Any], message: str) -> None:
         ([USER, {"role": "assistant", "content": [{"type": "image_url"}]}], "not text alone", "found 'image_url'"),
         ([USER, {"role": "assistant", "content": [{"type": ["text"]}]}], "wrong type", r"content\[0\]\.type"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "invalid UTF-8", "half a character"),
-        ([USER, {"from": "gpt", "value": "4"}], "mixed formats", "some messages have role, others from"),
         ([USER, {"from": "gpt", "role": "assistant", "content": "4"}], "mixed formats", "both role and from"),
         ([USER, REPLY | {"train": "yes"}], "wrong type", "train must be true or false, found 'yes'"),
         ([USER | {"train": True}, REPLY], "foreign message trained", "train is true for a message of role user"),
@@ -531,6 +530,7 @@ def test_messages_may_be_json_text_and_parts_have_values() -> None:
     parts = [{"type": "reasoning", "value": "so"}, {"type": "text", "value": "4"}]
     made = chat({"messages": [USER, REPLY | {"content": parts}]})
     assert made.messages[1] == REPLY | {"reasoning_content": "so"}
+    assert chat({"messages": [USER, {"from": "gpt", "value": "4"}]}).messages == [USER, REPLY]
     with pytest.raises(RowError, match="column messages: expected a list of messages, but the text is not JSON"):
         chat({"messages": "[{"})
 
