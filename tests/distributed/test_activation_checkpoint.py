@@ -231,7 +231,7 @@ def test_peak_memory_counts_what_lives_at_one_time():
 
 def test_each_mode_needs_less_memory_than_the_one_before():
     none, selective, full = (peak_of(mode=mode) for mode in ("none", "selective", "full"))
-    assert selective < 0.8 * none
+    assert selective < 0.7 * none
     assert full < 0.75 * selective
     assert peak_of(mode="full", mlp_tiles=8) < full
     # On CPU, a copy in host memory stands in for the original: no more than without, and freed as soon.
