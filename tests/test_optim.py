@@ -102,7 +102,7 @@ def test_equals_the_formula(dtype: torch.dtype, state_dtype: torch.dtype, tolera
     model, slow_model = small_model(dtype), small_model(torch.float64)
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, state_dtype=state_dtype)
     assert isinstance(optimizer, MixedAdamW) == (dtype != state_dtype)
-    slow = SlowAdamW(list(slow_model.parameters()), (0.9, 0.95), 1e-8, 0.1)
+    slow = SlowAdamW(list(slow_model.named_parameters()), (0.9, 0.95), 1e-8, 0.1)
     for step in range(5):
         set_lr(optimizer, 1e-2 / (step + 1))
         for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):

@@ -30,10 +30,14 @@ def sample_loss(model: nn.Module, ids: Sequence[int], weights: Sequence[float]) 
 
 
 class SlowAdamW:
-    """AdamW as in the paper, one parameter at a time; decay on matrices only."""
+    """AdamW as in the paper, one parameter at a time; decay on matrices only, so not on experts' stacked biases."""
 
-    def __init__(self, parameters: list[nn.Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], eps: float, weight_decay: float
+    ):
+        parameters = [p for _, p in named]
         self.parameters, self.betas, self.eps, self.weight_decay = parameters, betas, eps, weight_decay
+        self.decays = [p.ndim >= 2 and not name.endswith("bias") for name, p in named]
         self.first = [torch.zeros_like(p) for p in parameters]
         self.second = [torch.zeros_like(p) for p in parameters]
         self.count = 0
@@ -41,10 +45,11 @@ class SlowAdamW:
     def step(self, gradients: list[Tensor], lr: float) -> None:
         self.count += 1
         b1, b2 = self.betas
-        for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
+        moments = zip(self.first, self.second, strict=True)
+        for p, decays, g, (m, v) in zip(self.parameters, self.decays, gradients, moments, strict=True):
             m.mul_(b1).add_((1 - b1) * g)
             v.mul_(b2).add_((1 - b2) * g * g)
-            if p.ndim >= 2:
+            if decays:
                 p.data.mul_(1 - lr * self.weight_decay)
             m_hat, v_hat = m / (1 - b1**self.count), v / (1 - b2**self.count)
             p.data.sub_(lr * m_hat / (v_hat.sqrt() + self.eps))
@@ -66,8 +71,9 @@ def train_reference(
         model_path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     model = wrap(model).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = SlowAdamW(parameters, betas, eps, weight_decay)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    optimizer = SlowAdamW(named, betas, eps, weight_decay)
     losses, norms = [], []
     for index, rows in enumerate(batches):
         model.zero_grad()
