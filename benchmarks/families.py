@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.common import RESULTS, environment, write_json
 
 EXACT = 2e-5
 SECONDS = 240
+MEMORY = 8 << 30  # of a family's process; a default configuration may be one of billions of parameters
 LENGTHS = (17, 5, 26, 11)
 # What the generic small settings lack, by model type.
 SMALL: dict[str, dict[str, Any]] = {
@@ -160,6 +162,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.worker:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         print("RESULT " + json.dumps(judge(arguments.worker, arguments.padded)))
         return 0
     rows: dict[str, dict[str, Any]] = {}
@@ -170,7 +173,8 @@ def main() -> int:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environ, check=False)
             found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            rows[model_type] = json.loads(found[-1][7:]) if found else {"verdict": "FAILED", "why": done.stderr[-300:]}
+            ended = {"verdict": "not built", "why": f"the process ended with {done.returncode}: {done.stderr[-200:]}"}
+            rows[model_type] = json.loads(found[-1][7:]) if found else ended
         except subprocess.TimeoutExpired:
             rows[model_type] = {"verdict": "not built", "why": f"not done in {SECONDS} s"}
         print(f"{model_type:28}{json.dumps(rows[model_type])[:180]}", flush=True)
