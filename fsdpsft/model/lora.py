@@ -14,13 +14,14 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -219,6 +220,35 @@ def _retype_trainable(causal_lm: PreTrainedModel) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(causal_lm.get_submodule(parent), leaf, nn.Parameter(data))
     retie(causal_lm, groups)
+
+
+def plain_adapters(causal_lm: nn.Module) -> list[nn.Module]:
+    """The layers with adapters whose update is ``s B A x`` and nothing else; DoRA's are not among them."""
+    return [module for module in causal_lm.modules() if isinstance(module, LoraLinear) and not module.lora_variant]
+
+
+def add_updates_by_product(causal_lm: nn.Module) -> None:
+    """Let plain adapters compute ``W x + B (s A x)``, where peft computes ``W x + s (B (A x))``.
+
+    Scaled where it is ``rank`` wide, and added by the product itself, an update takes no pass over the layer's output
+    of its own, and leaves no second wide result for the backward pass; peft's takes two forward and one backward.
+    """
+    for layer in plain_adapters(causal_lm):
+        layer.forward = _added_by_product(layer)
+
+
+def _added_by_product(layer: Any) -> Callable[[Tensor], Tensor]:
+    plain = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER].weight
+        if x.dtype != down.weight.dtype:
+            return plain(x)  # type: ignore[no-any-return]  # which casts
+        base: Tensor = layer.base_layer(x)
+        narrow = down(layer.lora_dropout[_ADAPTER](x)) * layer.scaling[_ADAPTER]
+        return torch.addmm(base.flatten(0, -2), narrow.flatten(0, -2), up.t()).view_as(base)
+
+    return forward
 
 
 @torch.no_grad()

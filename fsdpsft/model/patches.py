@@ -1,7 +1,6 @@
 """What replaces a part of a model's own code, in one ordered list; each proven on the model at hand.
 
-Nothing else replaces a ``forward``, but for what must wrap one: adapters (``lora.py``), activation checkpointing and
-the compiler.
+Nothing else replaces a ``forward``, but for what must wrap one: activation checkpointing and the compiler.
 
 Fused kernels read and write each activation once where the plain modules do so several times, and keep less for the
 backward. torch's ``rms_norm`` is one kernel forward and one backward on CUDA and rounds once where transformers'
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from fsdpsft.config.schema import ModelConfig
 from fsdpsft.errors import ConfigError
 from fsdpsft.model.block_proof import BlockProof, Change
+from fsdpsft.model.lora import add_updates_by_product, plain_adapters
 from fsdpsft.model.tied_weight import can_tie_gradients, prove_tied_gradients, tie_gradients
 
 logger = logging.getLogger(__name__)
@@ -166,6 +166,14 @@ def _refusal(reason: str) -> ConfigError:
     return ConfigError(f"model.use_liger=true cannot be used: {reason}. Set model.use_liger=false.")
 
 
+# --- Adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapters_apply(model: PreTrainedModel, settings: ModelConfig, device: torch.device) -> bool:
+    """Where there are plain adapters."""
+    return settings.uses_lora and bool(plain_adapters(model))
+
+
 # --- The list -------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +183,9 @@ def _in_blocks(what: str, instead: str) -> Callable[[PreTrainedModel, BlockProof
 
 _PROVE_NORMS = _in_blocks("torch's fused RMSNorm", "Please report the model's name.")
 _PROVE_LIGER = _in_blocks("model.use_liger=true", "Set model.use_liger=false.")
+_PROVE_ADAPTERS = _in_blocks("adapters' updates added by their product", "Please report the model's name.")
 PATCHES = (
+    Patch("adapters' updates added by their product", adapters_apply, add_updates_by_product, _PROVE_ADAPTERS),
     Patch("torch's fused RMSNorm", fused_norms_apply, fuse_norms, _PROVE_NORMS),
     Patch("Liger's kernels", liger_applies, apply_liger, _PROVE_LIGER),
     Patch("one gradient for a tied head", can_tie_gradients, tie_gradients, prove_tied_gradients),

@@ -19,7 +19,15 @@ from fsdpsft.checkpoint.parameters import is_adapter, tied_groups
 from fsdpsft.errors import ConfigError, ModelError
 from fsdpsft.model.head import head_of, prove_head
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
-from fsdpsft.model.lora import LoraSettings, adapter_config, adapter_state, apply_lora, fill_adapters, merged_state
+from fsdpsft.model.lora import (
+    LoraSettings,
+    adapter_config,
+    adapter_state,
+    add_updates_by_product,
+    apply_lora,
+    fill_adapters,
+    merged_state,
+)
 from fsdpsft.testing import run_distributed, tiny_model
 
 IDS = torch.arange(3, 40)[None]
@@ -128,6 +136,39 @@ def test_one_layer_by_hand(tmp_path: Path) -> None:
         magnitudes = layer.lora_magnitude_vector.default.weight
         by_hand = torch.stack([m * row / row.square().sum().sqrt() for m, row in zip(magnitudes, moved, strict=True)])
         torch.testing.assert_close(dict(merged_state(model))["model.layers.0.mlp.up_proj.weight"], by_hand)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"dropout": 0.5}])
+def test_an_adapted_layer_does_what_pefts_does(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    model = adapted(tmp_path, **changes).train()
+    disturb(model)
+    add_updates_by_product(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert "forward" in vars(layer)
+    found = {}
+    for name, forward in (("ours", layer.forward), ("peft's", lambda x: type(layer).forward(layer, x))):
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        torch.manual_seed(4)
+        output = forward(x)
+        output.square().sum().backward()
+        down, up = layer.lora_A.default.weight, layer.lora_B.default.weight
+        found[name] = [output.detach(), x.grad, down.grad, up.grad]
+        down.grad = up.grad = None
+    for ours, pefts in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, pefts, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapted_layer_takes_inputs_of_the_base_s_precision(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    model = build_meta_model(load_model_config(tmp_path), dtype=torch.bfloat16)
+    apply_lora(model, settings())
+    load_weights(model, tmp_path, device="cpu")
+    fill_adapters(model, seed=0)
+    add_updates_by_product(model)
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), type(layer).forward(layer, x))
 
 
 def test_what_is_trained_and_in_which_dtype(tmp_path: Path) -> None:
