@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,12 @@ def norms_and_weights(folder: Path) -> list[tuple[float, list[torch.Tensor]]]:
 
 def test_gradients_summed_once_a_step_are_those_of_all_micro_batches(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, num_hidden_layers=BLOCKS)
+    first, second = a_step(0), a_step(1)
+    step = replace(first, micro_batches=first.micro_batches + second.micro_batches)
+    config = load_config([f"model.partial_pretrain={tmp_path}", "data.train_files=null"])
+    alone = build_model(tmp_path, config.model, init_mesh(torch.device("cpu")), packed=True, seed=0)
+    expected = train_step(alone, torch.optim.SGD(alone.module.parameters(), lr=0.1), step, None).grad_norm.item()
     for (norm, weights), (norm_of_last, weights_of_last) in run_distributed(norms_and_weights, 2, tmp_path):
-        assert norm_of_last == pytest.approx(norm, rel=1e-5)
+        assert norm == pytest.approx(expected, rel=1e-5) and norm_of_last == pytest.approx(expected, rel=1e-5)
         for weight, weight_of_last in zip(weights, weights_of_last, strict=True):
             torch.testing.assert_close(weight_of_last, weight, rtol=1e-5, atol=1e-6)
