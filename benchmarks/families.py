@@ -11,17 +11,30 @@ message), ``not built`` (by transformers, from these small settings). Each famil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from benchmarks.common import RESULTS, environment, write_json
+from fsdpsft.batch import Sample, pack
+from fsdpsft.config.load import load_config
+from fsdpsft.distributed.mesh import init_mesh
+from fsdpsft.errors import UserError
+from fsdpsft.model.memory import Work
+from fsdpsft.parallelize import build_model
+from fsdpsft.testing import tiny_model, tiny_tokenizer
 
 EXACT = 2e-5
 SECONDS = 240
@@ -47,20 +60,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def model_types() -> list[str]:
-    """Every ``model_type`` that transformers maps to a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
 def build(model_type: str) -> Any:
     """A random model of a family without dropout, all of whose weights are away from zero."""
-    import torch
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from fsdpsft.testing import tiny_model
-
     small = SMALL.get(model_type, {})
     drops = {name: 0.0 for name, value in CONFIG_MAPPING[model_type]().to_dict().items() if _is_dropout(name, value)}
     model = tiny_model(model_type, **{**drops, **small})
@@ -77,16 +78,12 @@ def _is_dropout(name: str, value: Any) -> bool:
 
 def documents() -> list[tuple[list[int], list[float]]]:
     """Token ids and weights of four documents; each one's second half is trained."""
-    import numpy as np
-
     dice = np.random.default_rng(0)
     return [(dice.integers(3, 300, n).tolist(), [0.0] * (n // 2) + [1.0] * (n - n // 2)) for n in LENGTHS]
 
 
 def expected(model: Any) -> tuple[float, dict[str, Any]]:
     """Loss sum and gradients of plain transformers, one document at a time."""
-    import torch
-
     model.train()
     total = torch.zeros(())
     for ids, weights in documents():
@@ -99,15 +96,6 @@ def expected(model: Any) -> tuple[float, dict[str, Any]]:
 
 def ours(folder: Path, padded: bool) -> tuple[float, dict[str, Any]]:
     """The same by the trainer's model, packed in one row or padded."""
-    import numpy as np
-    import torch
-
-    from fsdpsft.batch import Sample, pack
-    from fsdpsft.config.load import load_config
-    from fsdpsft.distributed.mesh import init_mesh
-    from fsdpsft.model.memory import Work
-    from fsdpsft.parallelize import build_model
-
     config = load_config(["data.train_files=x", f"model.partial_pretrain={folder}", "model.dtype=float32"])
     work = Work(not padded, max(LENGTHS), 2 * sum(LENGTHS))
     model = build_model(folder, config.model, init_mesh(torch.device("cpu")), work, seed=0)
@@ -125,9 +113,6 @@ def ours(folder: Path, padded: bool) -> tuple[float, dict[str, Any]]:
 
 def judge(model_type: str, padded: bool) -> dict[str, Any]:
     """The verdict on one family."""
-    from fsdpsft.errors import UserError
-    from fsdpsft.testing import tiny_tokenizer
-
     try:
         model = build(model_type)
         loss, gradients = expected(model)
@@ -153,30 +138,36 @@ def judge(model_type: str, padded: bool) -> dict[str, Any]:
     return {"verdict": verdict, "largest": off[worst], "at": worst, **({"missing": missing[:3]} if missing else {})}
 
 
+def judge_apart(model_type: str, padded: bool) -> dict[str, Any]:
+    """The verdict from a forked process, whose memory and time are bounded, and whose death is a row."""
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.SimpleQueue[dict[str, Any]] = context.SimpleQueue()
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+            answers.put(judge(model_type, padded))
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return answers.get() if not answers.empty() else {"verdict": "not built", "why": f"ended with {process.exitcode}"}
+
+
 def main() -> int:
-    """Judge each family in a process of its own and write JSON; 1 where one is wrong."""
+    """Judge each family and write JSON; 1 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=None)
     parser.add_argument("--padded", action="store_true", help="one document a row instead of one packed row")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    if arguments.worker:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        print("RESULT " + json.dumps(judge(arguments.worker, arguments.padded)))
-        return 0
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
     rows: dict[str, dict[str, Any]] = {}
-    for model_type in arguments.only or model_types():
-        command = [sys.executable, "-m", "benchmarks.families", "--worker", model_type]
-        command += ["--padded"] * arguments.padded
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environ, check=False)
-            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            ended = {"verdict": "not built", "why": f"the process ended with {done.returncode}: {done.stderr[-200:]}"}
-            rows[model_type] = json.loads(found[-1][7:]) if found else ended
-        except subprocess.TimeoutExpired:
-            rows[model_type] = {"verdict": "not built", "why": f"not done in {SECONDS} s"}
+    for model_type in arguments.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        rows[model_type] = judge_apart(model_type, arguments.padded)
         print(f"{model_type:28}{json.dumps(rows[model_type])[:180]}", flush=True)
     totals = Counter(row["verdict"] for row in rows.values())
     layout = "padded" if arguments.padded else "packed"
