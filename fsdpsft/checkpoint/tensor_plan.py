@@ -160,11 +160,7 @@ def _conversion_units(
 
     One tensor at a time where that works (experts split apart), else a layer at a time, else all at once.
     """
-    groupings = (
-        [[name] for name in rest],
-        list(_by_layer(rest).values()),
-        [list(rest)],
-    )
+    groupings = ([[name] for name in rest], list(_by_layer(rest).values()), [list(rest)])
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     for groups in groupings:
         made = [_try_convert(model, {name: rest[name] for name in group}) for group in groups]

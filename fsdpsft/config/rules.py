@@ -125,10 +125,7 @@ def _impossible_run(c: Config) -> Faults:
             t.best_metric is not None and c.data.val_files is None,
             f"trainer.best_metric={t.best_metric} needs data.val_files",
         ),
-        (
-            bool(set(c.data.may_drop) - set(MAY_DROP)),
-            f"data.may_drop={c.data.may_drop}: any of {', '.join(MAY_DROP)}",
-        ),
+        (bool(set(c.data.may_drop) - set(MAY_DROP)), f"data.may_drop={c.data.may_drop}: any of {', '.join(MAY_DROP)}"),
         (bool(bad_frequency), f'{" and ".join(bad_frequency)} must be a number of steps, "epoch" or -1'),
         (bool(set(t.logger) - set(LOGGERS)), f"trainer.logger={t.logger}: known are {', '.join(LOGGERS)}"),
         (

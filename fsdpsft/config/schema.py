@@ -129,10 +129,7 @@ class DataConfig:
         "{choices}: if earlier turns get rewritten; auto: as inference does",
         choices=("auto", "as_rendered", "per_turn"),
     )
-    may_drop: list[str] = key(
-        [],
-        "what rows may give that the template does not print, e.g. [reasoning, tools]",
-    )
+    may_drop: list[str] = key([], "what rows may give that the template does not print, e.g. [reasoning, tools]")
     chat_template: str | None = key(
         None, "a Jinja file, its text, or `chatml`; null: the model's own. Saved with the model"
     )
@@ -326,10 +323,7 @@ class TrainerConfig:
     async_save: bool = key(True, "training goes on while files are written", on_resume="free")
     max_shard_size: str = key("5GB", "of a safetensors file", on_resume="free", needs=EXPORT)
     verify_export: bool = key(
-        True,
-        "read each saved model again, one block at a time, and compare its losses",
-        on_resume="free",
-        needs=EXPORT,
+        True, "read each saved model again, one block at a time, and compare its losses", on_resume="free", needs=EXPORT
     )
     max_ckpt_to_keep: int | None = key(
         None, "older checkpoints are deleted (null or -1: none are)", low=1, on_resume="free"

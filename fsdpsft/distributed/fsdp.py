@@ -47,12 +47,7 @@ class Sharding:
     min_num_params: int = 0
 
 
-def shard_model(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    mesh: DeviceMesh,
-    how: Sharding,
-) -> list[FSDPModule]:
+def shard_model(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, how: Sharding) -> list[FSDPModule]:
     """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
 
     Args:

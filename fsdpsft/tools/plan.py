@@ -15,13 +15,7 @@ from fsdpsft.metrics import PEAK_FLOPS
 from fsdpsft.prepare import prepare_data
 from fsdpsft.tools.facts import length_histogram, source_facts
 from fsdpsft.tools.footprint import Footprint, estimate
-from fsdpsft.tools.report import (
-    footprint_section,
-    lengths_section,
-    plan_section,
-    rate_section,
-    sources_section,
-)
+from fsdpsft.tools.report import footprint_section, lengths_section, plan_section, rate_section, sources_section
 from fsdpsft.tools.run_plan import RunPlan, plan_run
 from fsdpsft.tools.terminal import Style, section_text
 from fsdpsft.tools.tool_keys import run_tool, whole_number

@@ -27,17 +27,7 @@ from fsdpsft.data.rows.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
 from fsdpsft.data.rows.json_files import RowFault, raise_fault
 from fsdpsft.errors import DataError, RowError, and_more, place
 
-__all__ = [
-    "Row",
-    "Shard",
-    "Source",
-    "fingerprint",
-    "first_row",
-    "read_rows",
-    "read_shard",
-    "resolve_sources",
-    "shards",
-]
+__all__ = ["Row", "Shard", "Source", "fingerprint", "first_row", "read_rows", "read_shard", "resolve_sources", "shards"]
 
 log = logging.getLogger(__name__)
 
