@@ -25,11 +25,22 @@ from fsdpsft.filesystem import replace_file
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak of one device in FLOP/s, by a part of its name; vendors' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "MI300X": 1307e12,
-}  # fmt: skip
+GPUS = {
+    "B200": (2250, 180),
+    "H200": (989, 141),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "H800": (989, 80),
+    "H20": (148, 96),
+    "A100": (312, 80),
+    "A800": (312, 80),
+    "L40S": (362, 48),
+    "L4": (121, 24),
+    "A10": (125, 24),
+    "4090": (165, 24),
+    "MI300X": (1307, 192),
+}
+"""By a part of the name: dense bf16 peak in TFLOP/s, and memory in GiB of the largest variant; vendors' data sheets."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -37,7 +48,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((teraflops * 1e12 for part, (teraflops, _) in GPUS.items() if part in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -82,10 +82,14 @@ class ParallelModel:
         """What this process feeds its model."""
         group = self.mesh.sp_group
         return ModelInput(
-            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, self.mesh.device),
-            local.trained_index, local.targets, local.loss_weights,
+            local.input_ids,
+            local.position_ids,
+            AttentionContext.of(batch, self.attend, self.mesh.device),
+            local.trained_index,
+            local.targets,
+            local.loss_weights,
             exchange=partial(ulysses.spread, plan=local.plan, group=group) if group else None,
-        )  # fmt: skip
+        )
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Forward and backward belong inside this."""
@@ -211,9 +215,15 @@ def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype)
 
 def _lora_settings(settings: ModelConfig) -> lora.LoraSettings:
     return lora.LoraSettings(
-        settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules,
-        settings.exclude_modules, tuple(settings.modules_to_save or ()), settings.use_rslora, settings.use_dora,
-    )  # fmt: skip
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.target_modules,
+        settings.exclude_modules,
+        tuple(settings.modules_to_save or ()),
+        settings.use_rslora,
+        settings.use_dora,
+    )
 
 
 def _adapter_path(settings: ModelConfig) -> Path | None:

@@ -242,9 +242,11 @@ class ModelConfig:
         on_resume="free",
     )
     compile: str = key(
-        "auto", "torch.compile on each block; auto: on CUDA for 1000 steps or more | true | false",
-        choices=("auto", "true", "false"), on_resume="free",
-    )  # fmt: skip
+        "auto",
+        "torch.compile on each block; auto: on CUDA for 1000 steps or more | true | false",
+        choices=("auto", "true", "false"),
+        on_resume="free",
+    )
     dtype: str = key(
         "auto",
         "{choices}: of the compute (auto: bfloat16 on CUDA, float32 on CPU)",

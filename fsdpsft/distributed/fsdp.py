@@ -70,7 +70,7 @@ def shard_model(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
             reshard = how.reshard_after_forward and block is not blocks[-1]
             fully_shard(
                 block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload_policy
-            )  # fmt: skip
+            )
     # Nor the root's, which the backward of the head needs.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -164,10 +164,15 @@ def check_architecture(model: PreTrainedModel, *, packed: bool) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(f"{name} has use_bidirectional_attention set; only causal language models can be trained.")
     if not (_uses_attention_interface(model) or (kinds and kinds <= RECURRENT_LAYERS)):
-        raise ModelError(
-            f"{name} has its own attention code, outside transformers' attention interface, and would ignore document "
-            "bounds. Train a model of another family, or use a version of transformers that has moved it over."
-        )
+        raise own_attention_code(name)
+
+
+def own_attention_code(name: str) -> ModelError:
+    """The error for a model whose attention is not looked up in transformers' attention interface."""
+    return ModelError(
+        f"{name} has its own attention code, outside transformers' attention interface, and would ignore document "
+        "bounds. Train a model of another family, or use a version of transformers that has moved it over."
+    )
 
 
 def _uses_attention_interface(model: PreTrainedModel) -> bool:

@@ -38,6 +38,7 @@ from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, lo
 from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError, and_more
 from fsdpsft.filesystem import read_object
+from fsdpsft.model.attention import own_attention_code
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +167,21 @@ def build_meta_model(
         attn_implementation: a name registered in transformers' AttentionInterface.
         dtype: of the parameters (the master weights).
         trust_remote_code: allow code that comes with the model.
+
+    Raises:
+        ModelError: the model's code chooses its attention from a table of its own, which does not have the name.
     """
     config = deepcopy(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, **options)
+    try:
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except KeyError as error:
+        if attn_implementation is None or error.args != (attn_implementation,):
+            raise
+        raise own_attention_code(f"The architecture {config.model_type}") from error
     return _parameters_to_meta(model)
 
 

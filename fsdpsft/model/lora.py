@@ -46,8 +46,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _ADAPTER = "default"  # peft's name for the only adapter
 _PREFIX = "base_model.model."  # of every name in peft's files
-_UNSUPPORTED = ("bias", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
-                "layers_to_transform")  # fmt: skip
+_UNSUPPORTED = (
+    "bias",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "layers_to_transform",
+)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 
 from fsdpsft.batch import PackedBatch, Sample, pack
 from fsdpsft.data.batches.packing import Assignment, Order, assign_step, too_long
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.errors import ConfigError, DataError, and_more
 
 STEPS_AHEAD = 2
 """Steps built in the background before they are asked for."""
-
-_NAMED_ROWS = 8
 
 
 class SampleStore(Protocol):
@@ -211,10 +209,9 @@ class Loader:
         return counts
 
     def _nothing_trained(self, index: int, rows: NDArray[np.int64]) -> DataError:
-        names = [self.store.describe(row) for row in rows[:_NAMED_ROWS].tolist()]
-        more = f" and {len(rows) - len(names)} more" if len(rows) > len(names) else ""
+        named = and_more([self.store.describe(row) for row in rows.tolist()], join="; ")
         return DataError(
-            f"No token of step {index} is trained: {'; '.join(names)}{more}. Take these rows out, or raise "
+            f"No token of step {index} is trained: {named}. Take these rows out, or raise "
             f"data.train_batch_size or data.max_length, so that each step has a token to learn."
         )
 

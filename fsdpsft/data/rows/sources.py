@@ -7,7 +7,6 @@ the row numbers it has in its file, and the shards in order give exactly the row
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -25,7 +24,8 @@ from fsdpsft.data.rows.dataset_info import DatasetInfo
 from fsdpsft.data.rows.files import TARGET_BYTES, Shard
 from fsdpsft.data.rows.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
 from fsdpsft.data.rows.json_files import RowFault, raise_fault
-from fsdpsft.errors import DataError, RowError, and_more, place
+from fsdpsft.data.workers import usable_cores
+from fsdpsft.errors import DataError, RowError, and_more, nearest, place
 
 __all__ = ["Row", "Shard", "Source", "fingerprint", "first_row", "read_rows", "read_shard", "resolve_sources", "shards"]
 
@@ -169,7 +169,7 @@ def _nearest(path: Path) -> str:
     while not path.parent.is_dir():
         path = path.parent
     there = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    close = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
+    close = nearest(path.name, there, most=3, alike=0.5) or there[:5]
     if not close:
         return f"the folder {path.parent} is empty"
     return f"the folder {path.parent} has no {path.name}, it has {', '.join(close)}" + (" …" if len(there) > 5 else "")
@@ -294,7 +294,7 @@ def fingerprint(source: Source) -> str:
             return hashlib.blake2b(stream.read(_HASH_BLOCK), digest_size=32).digest()
 
     total = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for file in source.files:
             with files.named_faults(file):
                 size = Path(file).stat().st_size
