@@ -188,10 +188,14 @@ def _own_folder(folder: Path) -> Iterator[None]:
             yield
         except Stopped as stopped:
             if new and not stopped.step:
-                (folder / LOCK_FILE).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # what somebody else has put there stays
-                    folder.rmdir()
+                _remove_unused(folder)
             raise
+
+
+def _remove_unused(folder: Path) -> None:
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds files of somebody else
+        folder.rmdir()
 
 
 @contextlib.contextmanager

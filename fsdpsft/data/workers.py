@@ -54,17 +54,10 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ending = context.RawValue("b", 0)  # no lock: a process that was killed would keep it
     arguments = (function, os.getpid(), ending)
-    waiting: deque[Future[R]] = deque()
-    remaining = iter(items)
     with _ready_to_fork():
         pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=arguments)
         try:
-            for item in remaining:
-                waiting.append(pool.submit(_apply, item))
-                if len(waiting) > _ITEMS_AHEAD * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from _results(pool, items, _ITEMS_AHEAD * processes)
             pool.shutdown(wait=True)
         except BrokenProcessPool as error:
             raise DataError(
@@ -74,6 +67,17 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
         finally:
             ending.value = 1
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(pool: ProcessPoolExecutor, items: Iterable[Any], most: int) -> Iterator[Any]:
+    """Results in the order of the items, of which at most ``most`` wait in the pool."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(_apply, item))
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _start(function: Callable[[Any], Any], parent: int, ending: Any) -> None:

@@ -423,7 +423,10 @@ def _fill_converted(
         for name, value in converter.convert(conversion.target, model=reference, config=reference.config).items():
             whole = value[0] if isinstance(value, list) else value
             for tensor in targets.pop(name, ()):
-                if tensor.shape != whole.shape:
-                    shapes = f"{list(whole.shape)}, the model's is {list(tensor.shape)}"
-                    raise ModelError(f"{path}: {name} is {shapes}.")
+                _require_shape(path, name, whole.shape, tensor)
                 copy_own_part(tensor, whole)
+
+
+def _require_shape(path: Path, name: str, found: torch.Size, target: Tensor) -> None:
+    if target.shape != found:
+        raise ModelError(f"{path}: {name} is {list(found)}, the model's is {list(target.shape)}.")

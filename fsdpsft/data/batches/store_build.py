@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,13 +106,7 @@ def open_or_build(
     faults: list[str] = []
     for cache in caches:
         try:
-            folder = cache / key
-            with _building(folder) as alone:
-                store = _open_if_whole(folder, every_byte, quiet=True)  # the one we waited for may have made it
-                if store is None:
-                    _sweep(folder, alone)
-                    build(folder, sources, encoder, options, fingerprint=key, progress=progress)
-                    store = TokenStore.open(folder)
+            store = _built(cache / key, sources, encoder, options, progress=progress, every_byte=every_byte)
         except OSError as error:
             if not _is_of(cache, error):
                 raise
@@ -121,6 +115,24 @@ def open_or_build(
         else:
             return _checked(store, options)
     raise ConfigError(f"data.cache_dir: {'; '.join(faults)}. Free some space, or name another folder")
+
+
+def _built(
+    folder: Path,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    options: BuildOptions,
+    *,
+    progress: bool,
+    every_byte: bool,
+) -> TokenStore:
+    with _building(folder) as alone:
+        store = _open_if_whole(folder, every_byte, quiet=True)  # the process we waited for may have made it
+        if store is None:
+            _sweep(folder, alone)
+            build(folder, sources, encoder, options, fingerprint=folder.name, progress=progress)
+            store = TokenStore.open(folder)
+    return store
 
 
 def cache_folders(cache_dir: str | Path | None) -> list[Path]:
@@ -298,13 +310,16 @@ def _join_parts(job: Job) -> None:
     for name in PART_ARRAYS:
         with (folder / f"{name}.bin").open("wb") as whole:
             for number in range(len(job.work)):
-                part = job.part(number, name)
-                with part.open("rb") as stream:
-                    shutil.copyfileobj(stream, whole, _BLOCK)
-                part.unlink()
+                _move_into(whole, job.part(number, name))
     _accumulate(folder / "lengths.bin", COLUMNS["lengths"], folder / "offsets.bin")
     _accumulate(folder / "run_counts.bin", "<i8", folder / "run_offsets.bin")
     (folder / "run_counts.bin").unlink()
+
+
+def _move_into(whole: BinaryIO, part: Path) -> None:
+    with part.open("rb") as stream:
+        shutil.copyfileobj(stream, whole, _BLOCK)
+    part.unlink()
 
 
 def _accumulate(counts: Path, dtype: str, offsets: Path) -> None:

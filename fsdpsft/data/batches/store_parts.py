@@ -162,15 +162,18 @@ class Job:
         with ExitStack() as stack:
             files = {name: stack.enter_context(self.part(number, name).open("wb")) for name in PART_ARRAYS}
             for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
-                kept: list[Sample] = []
-                for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
-                    try:
-                        kept += self._usable(row, result, tally)
-                    except RowError as fault:
-                        self._refuse(fault, tally)
-                self._write(kept, files, tally)
+                self._write(self._samples(source, rows, tally), files, tally)
                 tally.rows += len(rows)
         return tally
+
+    def _samples(self, source: Source, rows: list[Row], tally: Tally) -> list[Sample]:
+        kept: list[Sample] = []
+        for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
+            try:
+                kept += self._usable(row, result, tally)
+            except RowError as fault:
+                self._refuse(fault, tally)
+        return kept
 
     def _refuse(self, fault: RowError, tally: Tally) -> None:
         if self.options.on_bad_row == "error":
