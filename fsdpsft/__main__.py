@@ -11,7 +11,7 @@ from fsdpsft.errors import nearest
 COMMANDS = {
     "train": "train a model, as a YAML file and key=value say",
     "check": "prove what would be trained, token by token",
-    "plan": "tell steps, memory and time before anything is started",
+    "plan": "show steps, memory and time before anything is started",
     "selftest": "show on your model and machine that layout changes no number",
     "export": "turn a checkpoint into a Hugging Face model",
     "convert": "rewrite a YAML of LLaMA-Factory, axolotl, TRL or verl",

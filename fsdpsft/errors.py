@@ -77,12 +77,12 @@ class CheckpointError(UserError):
     """A checkpoint that is torn, foreign to this run, or cannot be written."""
 
 
-class RunFailed(RuntimeError):  # noqa: N818 - told apart from the user's mistakes above
+class RunFailed(RuntimeError):  # noqa: N818 - unlike the user's mistakes above
     """A run that ended for no fault of its settings: a bug, a lost process, a time-out. The cause is chained to it.
 
     Attributes:
         processes: of the run.
-        collateral: another process is at fault; this one has nothing to tell but that it noticed.
+        collateral: another process is at fault; this one only noticed.
     """
 
     def __init__(self, message: str, *, processes: int, collateral: bool) -> None:

@@ -26,7 +26,7 @@ from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.activation_checkpoint import Recomputation
 from fsdpsft.distributed.fsdp import MasterWeights, Sharding, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import dropout, experts, lora
+from fsdpsft.model import lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.block_proof import BlockProof, Change
@@ -34,6 +34,7 @@ from fsdpsft.model.head import prove_head
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.memory import CHECKPOINTING, Work, available_memory, choose_checkpointing
 from fsdpsft.model.patches import apply_patches
+from fsdpsft.model.remarks import active_dropout, remarks
 from fsdpsft.model.rope import check_rope
 from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks, resolve_dtype
 
@@ -151,7 +152,7 @@ def _tell(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation)
     """Say how activations are kept, and what of the model's training is not, or not only, predicting tokens."""
     asked = settings.enable_gradient_checkpointing
     log.info("activation checkpointing: %s (model.enable_gradient_checkpointing=%s)", how.mode, asked)
-    for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
+    for remark in remarks(causal_lm):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
@@ -175,7 +176,7 @@ def _recomputation(module: SFTModel, settings: ModelConfig, mesh: Mesh, work: Wo
         chosen = choose_checkpointing(module, settings, work, shards, size, available_memory(mesh.device))
         votes = torch.tensor([float(chosen == mode) for mode in CHECKPOINTING], device=mesh.device)
         mode = CHECKPOINTING[int(mesh.sum(votes).nonzero().max())]
-    draws = draws or bool(dropout.active_dropout(module))
+    draws = draws or bool(active_dropout(module))
     return Recomputation(mode, settings.activation_offload, settings.mlp_tiles, draws)
 
 

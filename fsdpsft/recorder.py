@@ -85,7 +85,7 @@ class Recorder:
         describe: names a sample's file and row, for the error of a non-finite step.
         steps_per_epoch: to tell the epoch as a fraction.
         log_freq: steps between written lines; the first step has one too.
-        source_names: their losses are told apart where there are several.
+        source_names: losses are given for each where there are several.
         tokens_seen: trained on before this run (on resume).
     """
 

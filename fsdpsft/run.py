@@ -171,7 +171,7 @@ def open_run(config: Config) -> Iterator[Run]:
     if trigger is not None and trigger.exists() and not trigger.is_file():
         raise ConfigError(f"trainer.save_on_file={trigger} is a device or a folder; name a file that does not exist")
     with StopSignal(trigger, launcher_is_gone, save_within_s=t.timeout) as requests:
-        data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+        data = prepare_data(config)  # before any process group: no process times out while tokens are made
         # Before the lock, which makes the output folder: a mistake leaves none.
         check_world(env_world_size(), config.ulysses_sequence_parallel_size, config.model.fsdp_config.replicate_size)
         alone = _own_folder(folder) if env_rank() == 0 else contextlib.nullcontext()
@@ -223,7 +223,7 @@ def _join(config: Config, data: TrainingData, requests: StopSignal) -> Iterator[
         except Stopped:
             run.checkpoints.wait()
             raise
-        run.checkpoints.wait()  # here, so that a process stuck in the last save is told like any other
+        run.checkpoints.wait()  # here, so that a process stuck in the last save is reported like any other
     except (UserError, Stopped):  # all processes come here together
         _leave(run, joined_before)
         raise

@@ -1,9 +1,8 @@
 """Stopping and saving on request: by a signal, by a file that appears, or because the launcher is gone.
 
-The request may reach one process only, or all at different moments, yet every rank must act after the same step. So
-each step ends with an asynchronous all-reduce (maximum of one byte) over a process group on the CPU, whose result is
-read at the end of the next step: by then it has long arrived. The GPU is never waited for, and all ranks learn of a
-request after the same step, one step late.
+A request may reach one process only, yet every rank must act after the same step. So each step ends with an
+asynchronous all-reduce of one byte over a process group on the CPU, whose result is read at the end of the next step:
+all ranks learn of a request after the same step, one step late, and the GPU is never waited for.
 
 Before the first step there is nothing to save: a signal then raises ``Stopped`` at once, so that every ``with`` and
 ``finally`` on the way out removes what was begun.
@@ -173,7 +172,7 @@ class StopSignal:
     def _own_request(self) -> Request:
         if self._asked is Request.STOP:
             return Request.STOP
-        # A device or a folder of that name is none of ours.
+        # A device or a folder of that name is not a request.
         if self._leads and self._file is not None and self._file.is_file():
             return Request.SAVE
         return Request.NONE

@@ -32,7 +32,7 @@ def train(config: Config) -> dict[str, float]:
 
     Raises:
         UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
-        Stopped: a signal asked for it; the run is saved and goes on from there when started again.
+        Stopped: a signal asked for it; the run is saved and continues from there when started again.
         RunFailed: anything else, here or in another process; names rank and step.
     """
     t = config.trainer

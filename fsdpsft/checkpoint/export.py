@@ -41,7 +41,7 @@ class Handoff:
         chat_template: the template trained with; None keeps the source's.
         eos_token_ids: tokens that end a turn; generation_config.json will name them all.
         fingerprints: put into the manifest (template, data, ...).
-        stored: dtypes of the source's files, where the files are no longer at hand.
+        stored: dtypes of the source's files, where the files are gone.
     """
 
     source: Path
@@ -186,7 +186,7 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
         folder: the model's folder.
         files: the weight files as planned.
         handoff: see ``Handoff``.
-        tied: whether the weights hold one tensor for embedding and head; None where nobody knows.
+        tied: whether the weights hold one tensor for embedding and head; None where not known.
 
     Returns:
         The verdict for the manifest.

@@ -1,10 +1,9 @@
 """Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to resume from, complete or absent.
 
-A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; training waits
-for that alone. The second (on a thread, or at once) writes: the state as one safetensors file per rank in the layout of
-``torch.distributed.checkpoint``, the model as Hub files whose owners gather one tensor at a time over a process group
-on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at the root and
-deletes old checkpoints. Every rank learns the outcome; a failed save is an error of the run.
+A save copies this rank's part of weights and optimiser state to host memory, for which training waits. Then, on a
+thread or at once, it writes: the state as one safetensors file per rank, the model as Hub files whose owners gather one
+tensor at a time over a process group on the CPU. Rank 0 proves the model, writes the manifest, renames the folder into
+place, links it at the root and deletes old checkpoints. Every rank learns the outcome.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from fsdpsft.checkpoint.export import Handoff, Probe, prove_answers, prove_model, source_template, write_hub_files
-from fsdpsft.checkpoint.folder import Manifest, RunFolder, holds_model, verify, write_manifest
+from fsdpsft.checkpoint.folder import FORMAT_VERSION, Manifest, RunFolder, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.parameters import is_tied, named_tensors, trained_tensors
 from fsdpsft.checkpoint.pieces import Exchange, Peers, Piece, Staging, piece_of, rows_of
 from fsdpsft.checkpoint.safetensors import TensorSpec, dtype_name
 from fsdpsft.checkpoint.state import (
-    FORMAT_VERSION,
     MODEL,
     OPTIMIZER,
     STATE_FILE,

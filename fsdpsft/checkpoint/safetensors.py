@@ -1,12 +1,10 @@
 """Safetensors files, read by rows and written one tensor at a time.
 
 A file is eight bytes (the header's length, little-endian), a JSON header (name -> dtype, shape, byte range) and the
-tensors' bytes in C order without gaps. Consecutive rows are one byte range, so a process that keeps some rows of a
-tensor reads those alone, with ``pread``, into the memory where they stay. (Mapping the file would count the touched
-pages as the process's own memory.)
+tensors' bytes in C order without gaps. So a process that keeps some rows of a tensor reads those alone, with ``pread``,
+into the memory where they stay (a mapped file's pages would count as the process's own memory).
 
-``safetensors.torch.save_file`` wants every tensor of a file in memory at once and holds the GIL while it writes; the
-writer here needs one tensor, lets training go on, and hashes what it writes.
+``safetensors.torch.save_file`` needs every tensor of a file in memory and holds the GIL; the writer here does neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all command-line tools share: reading settings, help, and errors told once, to people."""
+"""What all command-line tools share: reading settings, help, and errors, printed once."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
         processes: 1 takes no pool.
 
     Raises:
-        DataError: a process was killed. Whatever ``function`` raises comes out as it is.
+        DataError: a process was killed. Whatever ``function`` raises is raised here.
     """
     if processes <= 1:
         yield from map(function, items)
@@ -84,7 +84,7 @@ def _start(function: Callable[[Any], Any], parent: int, ending: Any) -> None:
     global _function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # the parent's handlers are none of ours
+        signal.signal(number, signal.SIG_DFL)  # not the parent's handlers
     # The parallelism is in the processes; threads of the tokenizers' own would not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.set_threshold(_YOUNG_OBJECTS)
@@ -93,7 +93,7 @@ def _start(function: Callable[[Any], Any], parent: int, ending: Any) -> None:
 
 
 def _follow(parent: int, ending: Any) -> None:
-    """End this process when nobody waits for its results: its parent died (it also holds its locks), or gave up."""
+    """End this process when no one needs its results: its parent died (whose locks it also holds), or gave up."""
     while os.getppid() == parent and not ending.value:
         time.sleep(_POLL_SECONDS)
     os._exit(1)

@@ -11,8 +11,7 @@ Gathers of a step of m micro-batches through L blocks, where weights are freed a
     each other block                     2 m
 
 and without that (ZeRO-2) one a step for each; a unit in which nothing is trained, one in the whole run. Frozen weights
-of a block with adapters are gathered with the adapters, since the gradient that flows back through them needs them, but
-take no part in the reduction: only gradients that exist are reduced.
+of a block with adapters are gathered with them; only gradients that exist are reduced.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The attention kernels, behind one signature, each with what it supports stated as data.
 
 Every backend is ``attend(q, k, v, spec, context)``: q [R, H, S, E], k and v [R, K, S, E], result [R, H, S, E], causal
-within each document of ``context``. Rows are laid end to end first, so packed (R = 1) and padded batches look the same
-to a kernel. ``sdpa`` is the reference and runs anywhere. ``choose_backend`` runs any other kernel once on the run's
-device and takes it only if its output and gradients are those of the reference.
+within each document of ``context``. Rows are laid end to end first. ``sdpa`` is the reference and runs anywhere;
+``choose_backend`` takes another only if its output and gradients, on the run's device, are those of the reference.
 
 No CUDA kernel has run in the tests: FlashAttention 2 and 3 follow their documented signatures; ``varlen`` is tested
 with CPU kernels registered for its operators; ``flex`` also runs on CPU, unfused.

@@ -49,7 +49,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 
 
 def resolve_model_path(name_or_path: str) -> Path:
-    """Turn ``model.partial_pretrain`` into a local folder: a folder as it is, a Hub id by downloading it.
+    """Turn ``model.partial_pretrain`` into a local folder: a folder unchanged, a Hub id by downloading it.
 
     Every process may call this at once: the Hub's client locks each file of its cache, so one process of a node
     downloads it and the others wait.
@@ -142,7 +142,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 class _EmptyOnMeta(TorchFunctionMode):
     """Send ``torch.empty`` to the meta device and nothing else.
 
-    Modules allocate their weights with it; buffers are computed from ``arange`` and the like, and so come out real.
+    Modules allocate their weights with it; buffers are computed (from ``arange``, say), and so come out real.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

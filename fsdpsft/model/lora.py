@@ -312,7 +312,7 @@ def merged_state(causal_lm: PreTrainedModel, within: str = "") -> Iterator[tuple
 
     ``within`` is a module's name: only what lies in it.
 
-    Works as well without adapters. The model is left as it is. Merged weights are float32, others in their own dtype;
+    Works as well without adapters. The model does not change. Merged weights are float32, others in their own dtype;
     a tied tensor comes once, persistent buffers come last.
     """
     for name, parameter in causal_lm.named_parameters():

@@ -20,7 +20,7 @@ from fsdpsft.tools.run_plan import RunPlan, plan_run
 from fsdpsft.tools.terminal import Style, section_text
 from fsdpsft.tools.tool_keys import run_tool, whole_number
 
-USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
+USAGE = f"""python -m fsdpsft.plan shows what a run will do; it takes the keys of fsdpsft.train and:
 
   plan.world_size=8           GPUs, all nodes together
   plan.gpu=H100               their kind: {", ".join(GPUS)}

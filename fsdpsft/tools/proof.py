@@ -120,7 +120,7 @@ class Proof:
         rows: rows looked at.
         available: rows there are; None where unknown.
         turns: trained turns proven.
-        finished_tokens: rows that came as token ids, whose mask is taken at its word.
+        finished_tokens: rows that came as token ids, whose mask is not checked.
         failed_rows: rows with at least one error.
         seconds, processes: what it took.
     """
@@ -235,7 +235,7 @@ def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, pr
 
 
 def _all_rows(parts: Sequence[Part], proof: Proof) -> Iterator[tuple[int, Row]]:
-    """(part, row) of every readable row; what cannot be read becomes a finding, and reading goes on with the next."""
+    """(part, row) of every readable row; what cannot be read becomes a finding, and the next is read."""
     for number, file in ((number, file) for number, part in enumerate(parts) for file in part.source.files):
         skip = parts[number].skips_bad_rows
 

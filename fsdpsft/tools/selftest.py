@@ -3,10 +3,8 @@
     python -m fsdpsft.selftest model.partial_pretrain=path/to/model <other keys of the training> selftest.layers=2
 
 One optimiser step's loss and gradients are computed in each of the trainer's ways and compared with plain
-transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers.
-What every start of a run proves of its blocks' gradients (``block_proof.py``) is proven here too; what it finds stands
-in the row of the way that it spoils.
-Without ``data.train_files`` the documents are random tokens.
+transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers;
+without ``data.train_files`` the documents are random tokens.
 """
 
 from __future__ import annotations
@@ -243,7 +241,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What a check came to; ``difference`` is None where it was skipped or ended in an error, for ``note``'s reason."""
+    """The outcome of a check; ``difference`` is None where ``note`` says why it was skipped or failed."""
 
     title: str
     difference: float | None
@@ -267,7 +265,7 @@ class Row:
 
 
 def run_check(check: Check, subject: Subject, reference: Outcome) -> Row:
-    """Run one check; whatever ends it is told in its row."""
+    """Run one check; whatever ends it is shown in its row."""
     where = ""
     if check.processes > 1 and subject.device.type == "cuda" and not enough_gpus(subject, check.processes):
         where = f"(on CPU: {torch.cuda.device_count()} GPU here)"

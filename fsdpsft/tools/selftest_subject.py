@@ -215,7 +215,7 @@ def random_documents(options: Options, vocabulary: int) -> Documents:
 
 
 def _given_documents(config: Config, options: Options) -> Documents:
-    """The first samples of the training data, cut to the length wished for."""
+    """The first samples of the training data, cut to ``selftest.length``."""
     store = prepare_data(replace(config, data=replace(config.data, train_batch_size=1, val_files=None))).train
     samples: list[Sample] = []
     for index in range(min(len(store), 50 * options.documents)):

@@ -1,11 +1,8 @@
 """Tokenise once: sources to a token store, in parallel processes, before any process group exists.
 
-The shards of all sources are handed to building processes, each of which writes part files; the parts are then joined
-in the order of the shards, so that the store does not depend on the number of processes. It is built in a folder of
-its own, fsynced, and renamed to its place at the very end: what is at that place is whole.
-
-A store's key is the content of the files, the encoder (tokenizer, template, mask code, options) and this layout's
-version. When any of it changes, another store is built; the old one stays valid for what it was built for.
+Each process encodes shards into part files, which are joined in the order of the shards: the store does not depend on
+the number of processes. It is built in a folder of its own, fsynced and renamed at the end, so what is there is whole.
+A store's key is the content of the files, the encoder (tokenizer, template, mask code, options) and the layout version.
 """
 
 from __future__ import annotations
@@ -106,7 +103,7 @@ def open_or_build(
     faults: list[str] = []
     for cache in caches:
         try:
-            store = _built(cache / key, sources, encoder, options, progress=progress, every_byte=every_byte)
+            store = _built(cache / key, sources, encoder, options, progress, every_byte)
         except OSError as error:
             if not _is_of(cache, error):
                 raise
@@ -118,13 +115,7 @@ def open_or_build(
 
 
 def _built(
-    folder: Path,
-    sources: Sequence[Source],
-    encoder: Encoder,
-    options: BuildOptions,
-    *,
-    progress: bool,
-    every_byte: bool,
+    folder: Path, sources: Sequence[Source], encoder: Encoder, options: BuildOptions, progress: bool, every_byte: bool
 ) -> TokenStore:
     with _building(folder) as alone:
         store = _open_if_whole(folder, every_byte, quiet=True)  # the process we waited for may have made it
@@ -215,7 +206,7 @@ def _wait_for(folders: Sequence[Path]) -> TokenStore:
             log.info("waiting for %s, which tokenises the data", builder or "another process")
             last_message = now
         time.sleep(_POLL_SECONDS)
-    fault = f"{builder}, which was making it, ended without it; see its message" if builder else "nobody makes it"
+    fault = f"{builder}, which was making it, ended; see its message" if builder else "no process is making it"
     raise DataError(f"Waited {time.monotonic() - started:.0f} s for the tokenised data in {folders[0]}, and {fault}.")
 
 

@@ -120,7 +120,7 @@ class Tally:
 
     @property
     def unusable(self) -> int:
-        """Rows and samples that gave nothing to train on although nobody asked to leave them out."""
+        """Rows and samples that gave nothing to train on although no setting leaves them out."""
         return sum(self.skipped.values()) + self.dropped.get(NOTHING_LEFT, 0)
 
 

@@ -293,7 +293,7 @@ class CustomRows(Protocol):
         Returns:
             Columns of any known format (``{"messages": […], "tools": […]}``, ``{"prompt": …, "response": …}``,
             ``{"input_ids": …, "loss_mask": …}``), which are checked like a row's, or a finished ``Conversation`` or
-            ``Tokenized``, taken as it is. Raise ``ValueError`` with a sentence for a row that cannot be used.
+            ``Tokenized``, taken unchanged. Raise ``ValueError`` with a sentence for a row that cannot be used.
         """
         ...
 

@@ -214,7 +214,7 @@ def _refuse_repeats(sources: list[Source]) -> None:
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Two sources called train are told apart by their folders, or by a number."""
+    """Two sources called train get names of their folders, or numbers."""
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         names = [f"{Path(s.files[0]).parent.name}/{s.name}" if names.count(s.name) > 1 else s.name for s in sources]
@@ -243,7 +243,7 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Row]:
 
     Args:
         shard: from ``shards``.
-        on_error: is given the error of each unreadable row, and reading goes on; by default the first is raised.
+        on_error: called with the error of each unreadable row, and reading continues; by default the first is raised.
 
     Raises:
         RowError: a row cannot be read.
@@ -256,13 +256,7 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Row]:
 def read_rows(source: Source, on_error: RowFault = raise_fault) -> Iterator[Row]:
     """Stream all rows of a source in order, with memory that grows with neither files nor rows.
 
-    Args:
-        source: from ``resolve_sources``.
-        on_error: as in ``read_shard``.
-
-    Raises:
-        RowError: a row cannot be read.
-        DataError: a file is damaged or has no rows.
+    ``on_error`` and what is raised are as in ``read_shard``.
     """
     for file in source.files:
         yield from read_shard(Shard(file, files.file_kind(file)), on_error)
