@@ -87,7 +87,7 @@ class JsonLines:
         self._waiting = b""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Append one line at once, so that a killed run keeps all it said.
+        """Append one line at once, so that a killed run keeps all it wrote.
 
         Raises:
             OSError: it cannot be written now; no part of it is left in the file.
@@ -137,37 +137,25 @@ class Console:
         """Move the bar to ``step`` and print its line."""
         self._bar.update(step - self._bar.n)
         if self._lines:
-            shown = "  ".join(
-                f"{_short(name)} {_figure(name, value)}"
-                for name, value in values.items()
-                if name in _SHOWN or name.startswith("val/")
-            )
-            tqdm.write(f"step {step}/{self._total}  {shown}", file=sys.stderr)
+            known = _SHOWN | {name: (name, ".4g") for name in values if name.startswith("val/")}
+            shown = [f"{known[name][0]} {value:{known[name][1]}}" for name, value in values.items() if name in known]
+            tqdm.write(f"step {step}/{self._total}  {'  '.join(shown)}", file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
 
 
-_SHOWN = ("epoch", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
-
-
-def _short(name: str) -> str:
-    return {"perf/tokens_per_second": "tokens/s", "perf/memory_gib": "GiB"}.get(
-        name, name.removeprefix("train/").removeprefix("perf/")
-    )
-
-
-def _figure(name: str, value: float) -> str:
-    if name == "train/lr":
-        return f"{value:.2e}"
-    return (
-        f"{value:,.0f}"
-        if name == "perf/tokens_per_second"
-        else f"{value:.4g}"
-        if name != "train/loss"
-        else f"{value:.4f}"
-    )
+_SHOWN = {
+    "epoch": ("epoch", ".4g"),
+    "train/loss": ("loss", ".4f"),
+    "train/grad_norm": ("grad_norm", ".4g"),
+    "train/lr": ("lr", ".2e"),
+    "perf/tokens_per_second": ("tokens/s", ",.0f"),
+    "perf/mfu": ("mfu", ".4g"),
+    "perf/memory_gib": ("GiB", ".4g"),
+}
+"""Metrics on the console: what each is called there, and its format."""
 
 
 class TensorBoard:

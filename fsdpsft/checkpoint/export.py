@@ -32,7 +32,7 @@ _NOT_CARRIED = re.compile(r"manifest\.json|.*\.index\.json|adapter_config\.json|
 
 @dataclass(frozen=True)
 class Handoff:
-    """What is handed on, beside the weights.
+    """What is exported beside the weights.
 
     Attributes:
         source: folder of the model training began from.

@@ -162,7 +162,7 @@ class Staging:
             self._pending = False
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers.clear()
         self._slab = torch.empty(0, dtype=torch.uint8)
         while self._pinned:

@@ -331,7 +331,7 @@ class TrainerConfig:
         None, "older checkpoints are deleted (null or -1: none are)", low=1, on_resume="free"
     )
     keep_every: int | None = key(
-        None, "checkpoints at multiples of this step are kept for good", low=1, on_resume="free", needs=KEEP_SOME
+        None, "checkpoints at multiples of this step are never deleted", low=1, on_resume="free", needs=KEEP_SOME
     )
     best_metric: str | None = key(
         None,

@@ -212,7 +212,7 @@ def _capture(
 ) -> None:
     """Note what the model's own forward calls each kind's block with, for this process's slice of the tokens.
 
-    Blocks hand on what they are given. Weights outside of them, embeddings above all, take no memory.
+    Blocks return their input. Weights outside of them, embeddings above all, take no memory.
     """
     rank, size = place
     length = batch.input_ids.shape[1] // size
@@ -259,7 +259,7 @@ def _lent_weights(
 ) -> Iterator[None]:
     """Let modules compute with made-up weights, and give them back their own.
 
-    ``size`` is the weights': 1 where a product keeps the size of its input. Where they are not ``real``, rows overlap in
+    With ``size`` 1 a product keeps the size of its input. Weights that are not ``real`` have rows that overlap in
     memory, which is enough to read them.
     """
     own: list[tuple[dict[str, Any], str, Tensor]] = []

@@ -286,7 +286,7 @@ def _finish(c: Conversion) -> None:
 
 
 def _faults(c: Conversion) -> list[str]:
-    """What ``load_config`` has against the outcome, each line beginning with the key to leave out."""
+    """Errors of ``load_config`` on the result, each line beginning with the key to leave out."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text(c, ""), encoding="utf-8")

@@ -145,8 +145,8 @@ def show_sample(
 ) -> ShownSample:
     """Cut a sample into pieces to look at, beginning shortly before the first trained token.
 
-    ``special`` holds the text of special tokens by id. Of a sample longer than ``most`` tokens, so many are shown of its
-    beginning and end together.
+    ``special`` holds the text of special tokens by id. Of a sample longer than ``most`` tokens, its beginning and end
+    are shown.
     """
     ids, weights = sample.input_ids.tolist(), sample.loss_weights.tolist()
     weights[0] = 0.0  # nothing comes before it that could predict it

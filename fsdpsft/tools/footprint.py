@@ -13,7 +13,7 @@ from fsdpsft.config.schema import Config
 from fsdpsft.metrics import GPUS
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.memory import USABLE, Work, activations, choose_checkpointing, local_bytes, states
-from fsdpsft.model.sft_model import SFTModel, resolve_dtype
+from fsdpsft.model.sft_model import SFTModel, count_parameters, resolve_dtype
 from fsdpsft.parallelize import adapted_model
 from fsdpsft.prepare import TrainingData
 from fsdpsft.tools.run_plan import RunPlan
@@ -67,12 +67,11 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
         work = Work(token_budget=config.data.token_budget, moments=moments)
         mode = choose_checkpointing(module, m, work, shards, compute.itemsize, USABLE["cuda"] * gib * GIB)
     memory |= activations(module, m, mode, config.data.token_budget, compute.itemsize)
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    parameters, trained = count_parameters(module)
     flops = flop_count(module)(plan.tokens, plan.trained_tokens, plan.squared_lengths)
     return Footprint(
-        gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), mode, memory, host, flops, gpu, mfu,
-        flops / (gpus * teraflops * 1e12 * mfu),
-    )  # fmt: skip
+        gpus, parameters, trained, mode, memory, host, flops, gpu, mfu, seconds=flops / (gpus * teraflops * 1e12 * mfu)
+    )
 
 
 def _staged(parameters: Iterable[nn.Parameter], shards: int, moments: torch.dtype, config: Config) -> Iterator[int]:

@@ -206,7 +206,7 @@ def _wait_for(folders: Sequence[Path]) -> TokenStore:
             log.info("waiting for %s, which tokenises the data", builder or "another process")
             last_message = now
         time.sleep(_POLL_SECONDS)
-    fault = f"{builder}, which was making it, ended; see its message" if builder else "no process is making it"
+    fault = f"{builder}, which was making it, ended without it; see its message" if builder else "none is made"
     raise DataError(f"Waited {time.monotonic() - started:.0f} s for the tokenised data in {folders[0]}, and {fault}.")
 
 
@@ -333,7 +333,7 @@ def _blocks(path: Path, dtype: str) -> Iterator[NDArray[Any]]:
 def _count_duplicates(folder: Path, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Samples equal to an earlier one, for each range of samples that ends before ``ends``. Deletes the hashes.
 
-    Sorting all hashes would take memory by the sample, so they go to buckets first, of about a block each.
+    Sorting all hashes would take memory for every sample, so they go to buckets first, of about a block each.
     """
     record = np.dtype([("hash", HASH_DTYPE), ("index", "<i8")])
     count = sum(len(hashes) for hashes in _blocks(folder / "hashes.bin", HASH_DTYPE)) // _BLOCK + 1
@@ -416,7 +416,7 @@ def _checked(store: TokenStore, options: BuildOptions) -> TokenStore:
     if unusable > options.max_bad_share * max(stats["rows"], 1):
         raise DataError(
             f"{unusable} of {stats['rows']} rows cannot be trained on, more than data.max_bad_share="
-            f"{options.max_bad_share:g} allows ({reasons(stats)}). Mend the data, or raise data.max_bad_share."
+            f"{options.max_bad_share:g} allows ({reasons(stats)}). Fix the data, or raise data.max_bad_share."
         )
     if stats["skipped"] or stats["dropped"]:
         log.warning("%d samples of %d rows: %s", stats["samples"], stats["rows"], reasons(stats))

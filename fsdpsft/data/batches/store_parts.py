@@ -59,7 +59,7 @@ class BuildOptions:
 
     Attributes:
         max_length: most tokens of a sample.
-        truncation: what becomes of a longer one: "error", "left" (its end is kept), "right" (its beginning) or "drop".
+        truncation: for a longer one: "error", "left" (its end is kept), "right" (its beginning) or "drop".
         on_bad_row: "error" stops at a row that cannot be used, "skip" counts it.
         max_bad_share: a larger share of rows that gave nothing is an error in any case.
         num_workers: building processes; None for one per core.
@@ -193,7 +193,7 @@ class Job:
         if not any(trained):
             raise row.error(
                 "no token of it is trained (no assistant message, an empty one, or all of them marked "
-                "train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
+                "train: false or weight: 0); fix the row, or leave it out with data.on_bad_row=skip",
                 NO_TRAINED_TOKEN,
             )
         for sample, is_trained in zip(samples, trained, strict=True):

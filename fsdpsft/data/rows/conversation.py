@@ -115,12 +115,12 @@ def _refuse_placeholders(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         for tag in _PLACEHOLDERS:
             if tag in message.entries["content"]:
-                problem = f"{tag} stands for something that is not text, and nothing puts it there"
+                problem = f"{tag} is a placeholder for something that is not text"
                 raise fault("not text alone", f"messages[{index}].content", problem, "leave such rows out")
 
 
 def _with_system(messages: list[Message], columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """Put the system column's prompt first; blank and null are none."""
+    """Put the system column's prompt first, unless it is blank or null."""
     names = SYSTEM_COLUMNS if options.system_key is None else (options.system_key,)
     name = next((name for name in names if columns.get(name) is not None), None)
     if name is None:

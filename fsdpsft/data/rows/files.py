@@ -339,7 +339,7 @@ def _within(shard: Shard, first: int, batches: Iterator[pa.RecordBatch]) -> Iter
 
 
 def _record_batches(path: str) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file or stream; memory-mapped, so that those passed over cost next to nothing."""
+    """Batches of an Arrow file or stream; memory-mapped, so that skipped ones cost almost nothing."""
     with pa.memory_map(path) as memory:
         is_file = memory.read(6) == b"ARROW1"
         memory.seek(0)

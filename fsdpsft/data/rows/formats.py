@@ -108,7 +108,7 @@ _DEFAULTS = RowFormat()
 
 
 def format_of(source: Source, options: RowFormat) -> RowFormat:
-    """The options with what the source's entry in a ``dataset_info.json`` states put in."""
+    """The options, overridden by the source's entry in a ``dataset_info.json``."""
     return replace(options, **source.row_format)
 
 

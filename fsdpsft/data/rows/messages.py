@@ -191,8 +191,8 @@ def parse_json(text: str, column: str, reason: str, wanted: str) -> Any:
 def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     """Bring one message into the form templates take.
 
-    ``raw`` is a dict with a role and content, as OpenAI or ShareGPT write it; null values count as absent. ``column`` is
-    its place, as ``messages[2]``.
+    ``raw`` is a dict with a role and content, as OpenAI or ShareGPT write it; null values count as absent.
+    ``column`` is its place, as ``messages[2]``.
 
     Raises:
         RowError: unknown role, missing or mistyped content, a tool call that is not one, a bad weight.
@@ -327,7 +327,7 @@ def _calls(given: dict[str, Any], content_key: str, column: str, role: str, text
 def parse_tool_calls(value: Any, column: str) -> list[dict[str, Any]]:
     """Tool calls as ``[{"type": "function", "function": {"name": …, "arguments": {…}}}, …]``.
 
-    ``value`` is a list of calls, one call, or either as a JSON string. A call may be wrapped as above or bare, or a JSON
+    ``value`` is a list of calls, one call, or either as a JSON string. A call may be wrapped as above, bare, or a JSON
     string; its arguments are an object or a JSON string of one. Nulls inside them are kept.
 
     Raises:
