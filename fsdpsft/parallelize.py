@@ -51,7 +51,7 @@ class ParallelModel:
     Attributes:
         module: the root module, sharded where there are several processes.
         attend: the attention backend, inside the Ulysses exchange where there is one.
-        masters: stands between master weights and compute dtype for one process; None where FSDP does that.
+        masters: copies of the weights in the compute dtype, for one process; None where FSDP makes them.
         whole: FSDP units that stay whole between a step's micro-batches.
     """
 
@@ -183,7 +183,7 @@ def _recomputation(module: SFTModel, settings: ModelConfig, mesh: Mesh, work: Wo
 def _compile(causal_lm: PreTrainedModel, mlp_tiles: int, proof: BlockProof) -> None:
     """Compile each unit's forward, which the compiler must see without what wraps it.
 
-    A backend that is marked ``outside_graph`` cuts the graph and runs as it is.
+    A backend that is marked ``outside_graph`` cuts the graph and runs uncompiled.
     """
     log.info("blocks are compiled: the first steps take a minute longer")
     with proof.unchanged(Change("model.compile", "Set model.compile=false."), same_kernels=False):

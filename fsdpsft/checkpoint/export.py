@@ -78,13 +78,7 @@ class Probe:
 def write_hub_files(folder: Path, files: Sequence[PlannedFile], handoff: Handoff) -> dict[str, FileRecord]:
     """Write all but the weights: config, generation config, tokenizer, chat template, index.
 
-    Args:
-        folder: the model's folder.
-        files: the weight files, for the index and the dtype; none where the folder is to hold no weights.
-        handoff: see ``Handoff``.
-
-    Returns:
-        Each file written.
+    ``files`` are the weight files, for the index and the dtype. Returns each file written.
     """
     records = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,11 +176,7 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
     The bytes of the weights have been compared when they were written; here it is the parts together: index and key
     set, dtype in the config, ties, tokenizer, chat template, stop tokens. No remote code is run.
 
-    Args:
-        folder: the model's folder.
-        files: the weight files as planned.
-        handoff: see ``Handoff``.
-        tied: whether the weights hold one tensor for embedding and head; None where not known.
+    ``tied`` says whether the weights hold one tensor for embedding and head; None where not known.
 
     Returns:
         The verdict for the manifest.

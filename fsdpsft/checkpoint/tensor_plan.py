@@ -135,10 +135,7 @@ class PlannedFile:
 def plan_export(model: nn.Module, pieces: Mapping[str, Piece], layout: Layout) -> list[PlannedFile]:
     """Plan the weight files: names and shapes as on the Hub, dtypes and sizes as ``layout`` says.
 
-    Args:
-        model: the transformers model, for its layout conversions.
-        pieces: name in the model -> piece (only shape and dtype are looked at).
-        layout: of the files.
+    ``model`` is needed for its layout conversions; of the pieces, by name in the model, shape and dtype are used.
     """
     on_disk = layout.dtype_of
     whole = {name: torch.empty(piece.shape, dtype=piece.dtype, device="meta") for name, piece in pieces.items()}

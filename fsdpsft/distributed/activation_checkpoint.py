@@ -175,10 +175,9 @@ class _Keep(_Unit):  # type: ignore[no-untyped-call]
     """The forward pass: keeps results of matrix products, attention kernels and exchanges between ranks.
 
     A kept result shares its memory with the block's computation. Before anything may write there, what is kept moves
-    to a copy. What may write: an operator whose schema says so; an operator without a schema; and
-    code that torch does not see, such as a Triton kernel, for which no version counter moves. For a gradient to come
-    back through such code it must stand in an ``autograd.Function``, and inside this context the arguments of each
-    pass by here. What the unit returns is anybody's to write to, so it is not kept.
+    to a copy. What may write: an operator whose schema says so, one without a schema, and code that torch does not see,
+    such as a Triton kernel. A gradient comes back through such code only by an ``autograd.Function``, whose arguments
+    this context sees. What the unit returns may be written to later, so it is not kept.
     """
 
     def __init__(self, results: _Results) -> None:
@@ -363,11 +362,9 @@ class _Offloaded:
 class HostOffload:
     """Offloads the inputs of checkpointed units to page-locked host memory between forward and backward.
 
-    Copies run on a stream of their own. Going out, at most two inputs are on the device: before the third is sent,
-    the compute stream waits for the first to have left. Coming back, the one needed next is fetched while the present
-    one is in use. The last unit's input stays, as it is needed at once. On CPU it makes plain copies.
-
-    Hooks on saved tensors reach exactly the inputs, for inside a checkpoint its own hooks take over.
+    Copies run on a stream of their own. In the forward pass at most two inputs are on the device; in the backward pass
+    the next one is fetched while one is in use. The last unit's input stays. On CPU it makes plain copies.
+    Hooks on saved tensors reach only the inputs, as inside a checkpoint its own hooks apply.
     """
 
     def __init__(self, units: int) -> None:

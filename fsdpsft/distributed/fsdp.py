@@ -99,10 +99,10 @@ def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: 
 
     Args:
         model: the root module.
-        whole: what ``shard_model`` returned: whole at the end of a backward pass and at the beginning of the next
-            forward pass, so keeping them so in between costs no peak memory and saves gathering them again.
+        whole: what ``shard_model`` returned. These units are whole when a backward pass ends and when the next forward
+            pass begins; kept so in between, they need no second gather and no more peak memory.
         last: the step's last micro-batch.
-        sync: reduce gradients between processes; without it they pile up unsharded.
+        sync: reduce gradients between processes; without it they add up unsharded.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
@@ -113,7 +113,7 @@ def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: 
 class MasterWeights:
     """Mixed precision for one process: what FSDP2's policy does, without its wrappers.
 
-    The module keeps its master weights; inside ``computing()`` their copies in the compute dtype stand in for them.
+    The module keeps its master weights; inside ``computing()`` their copies in the compute dtype are used instead.
     Each gradient of a copy is added to its master's, in the master's dtype, as soon as it exists. What has one in that
     dtype itself (the loss, of the head) hands it to the copy's ``take_gradient``, past autograd, which would round it.
     """

@@ -1,7 +1,7 @@
 """Ulysses sequence parallelism: each rank holds a slice of the tokens, and in attention all tokens of some heads.
 
-Around any attention function stand two all-to-alls (DeepSpeed-Ulysses, arXiv 2309.14509): one carries q, k and v
-together from "my tokens, all heads" to "all tokens, my heads", one carries the output back. Heads are dealt out so
+Two all-to-alls surround any attention function (DeepSpeed-Ulysses, arXiv 2309.14509): one sends q, k and v together
+from "my tokens, all heads" to "all tokens, my heads", one carries the output back. Heads are dealt out so
 that any number of them works; a key/value head is sent only to the ranks whose query heads use it. Document bounds are
 those of the whole batch on every rank, so no lengths are ever communicated.
 

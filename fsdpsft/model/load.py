@@ -51,11 +51,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 def resolve_model_path(name_or_path: str) -> Path:
     """Turn ``model.partial_pretrain`` into a local folder: a folder unchanged, a Hub id by downloading it.
 
-    Every process may call this at once: the Hub's client locks each file of its cache, so one process of a node
-    downloads it and the others wait.
-
-    Args:
-        name_or_path: a local folder, or a Hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
+    All processes may call this: the Hub's client locks each file of its cache, so one of a node downloads it.
 
     Raises:
         ModelError: neither such a folder nor such a model on the Hub (or the Hub cannot be reached), or not a model.

@@ -40,7 +40,7 @@ class Patch:
     Attributes:
         name: in messages.
         applies: to this model, with these settings, on this device? Raises ``ConfigError`` where it was asked for and
-            cannot be had.
+            is not possible.
         apply: changes the model, which is on meta.
         prove: a context, around ``apply``, that notes in the proof, or raises ``ModelError``, where the changed model
             computes something else than it did.

@@ -116,9 +116,7 @@ def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Read:
 def merging_reader(model: PreTrainedModel, source: WeightSource) -> Read:
     """Return a function that reads a tensor of the base and merges the adapter into it; one block is held at a time.
 
-    Args:
-        model: with adapters, which are in memory; all else is on meta.
-        source: of the base model.
+    The adapters of ``model`` are in memory; all else is on meta, and read from ``source``.
     """
     homes: dict[str, Part] = {}
     for part in parts_of(model):

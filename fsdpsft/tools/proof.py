@@ -205,11 +205,8 @@ def _unusable(part: Part, row: Row, samples: Sequence[Encoded]) -> RowError | No
 def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, processes: int) -> Proof:
     """Prove the masks of all rows, or of ``limit`` rows at equal distances.
 
-    Args:
-        parts: the sources.
-        limit: most rows to prove; None for all.
-        available: rows of all sources together, where known; without it, a limit takes the first rows.
-        processes: workers; with 1, or few rows, the work is done here.
+    ``available`` are the rows of all sources together; where not known, a limit takes the first rows. With one process,
+    or few rows, the work is done here.
 
     Raises:
         DataError: a worker was killed.

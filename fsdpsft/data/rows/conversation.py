@@ -76,12 +76,7 @@ def opening_hint(conversation: Conversation) -> str:
 
 
 def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation | Tokenized:
-    """Read a row.
-
-    Args:
-        row: from ``read_rows`` or ``read_shard``.
-        adapter: from ``recognise``.
-        options: the same as there.
+    """Read a row in the format that ``recognise`` gave for these options.
 
     Raises:
         RowError: the row cannot be used. The message names file, row, column, what was found and what to do.
@@ -299,11 +294,7 @@ class CustomRows(Protocol):
 
 
 def load_custom_rows(path: str, name: str) -> CustomRows:
-    """Create the user's own row reader.
-
-    Args:
-        path: a Python file (``data.custom_cls.path``).
-        name: a class in it with the interface of ``CustomRows`` (``data.custom_cls.name``).
+    """Create the user's own row reader: the class ``name`` of the Python file ``path``.
 
     Raises:
         DataError: the file cannot be imported, has no such class, or the class lacks ``to_conversation``.
@@ -334,12 +325,7 @@ def load_custom_rows(path: str, name: str) -> CustomRows:
 
 
 def custom_conversation(row: Row, custom: CustomRows, options: RowFormat) -> Conversation | Tokenized:
-    """Read a row with the user's own class.
-
-    Args:
-        row: as for ``to_conversation``.
-        custom: from ``load_custom_rows``.
-        options: its column names are not used (the class names the columns it returns), its ``train_on_turns`` is.
+    """Read a row with the user's own class; of ``options`` only ``train_on_turns`` is used.
 
     Raises:
         RowError: the class raised, or returned something unusable.
