@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -57,7 +57,7 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
     with _ready_to_fork():
         pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=arguments)
         try:
-            yield from _results(pool, items, _ITEMS_AHEAD * processes)
+            yield from in_order(pool, _apply, items, _ITEMS_AHEAD * processes)
             pool.shutdown(wait=True)
         except BrokenProcessPool as error:
             raise DataError(
@@ -69,11 +69,11 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _results(pool: ProcessPoolExecutor, items: Iterable[Any], most: int) -> Iterator[Any]:
-    """Results in the order of the items, of which at most ``most`` wait in the pool."""
-    waiting: deque[Future[Any]] = deque()
+def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
+    """Results of a pool in the order of the items, of which at most ``most`` wait in it."""
+    waiting: deque[Future[R]] = deque()
     for item in items:
-        waiting.append(pool.submit(_apply, item))
+        waiting.append(pool.submit(function, item))
         if len(waiting) > most:
             yield waiting.popleft().result()
     while waiting:

@@ -5,9 +5,8 @@ There is no state. Step k is computed from the seed and k, so resuming is starti
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from fsdpsft.batch import PackedBatch, Sample, pack
 from fsdpsft.data.batches.packing import Assignment, Order, assign_step, too_long
+from fsdpsft.data.workers import in_order
 from fsdpsft.errors import ConfigError, DataError, and_more
 
 STEPS_AHEAD = 2
@@ -223,14 +223,8 @@ class Loader:
         stop = len(self) if stop is None else stop
         device = torch.cuda.current_device() if self.settings.pin_memory else None
         pool = ThreadPoolExecutor(1, "fsdpsft-loader", initializer=_use_device, initargs=(device,))
-        waiting: deque[Future[Step]] = deque()
         try:
-            for index in range(start, stop):
-                waiting.append(pool.submit(self.step, index))
-                if len(waiting) > STEPS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from in_order(pool, self.step, range(start, stop), STEPS_AHEAD)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
