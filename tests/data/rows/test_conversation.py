@@ -466,7 +466,7 @@ PAIR = {"prompt": "2+2?", "response": "4"}
         (
             {"messages": [USER | {"content": "<image>What is it?"}, REPLY], "images": []},
             "not text alone",
-            r"column messages\[0\].content: <image> stands for something that is not text",
+            r"column messages\[0\].content: <image> is a placeholder for something that is not text",
         ),
         (PAIR | {"rejected": "5"}, "preference data", "column rejected: this is preference data"),
         ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference data", "data.response_key=chosen"),
