@@ -1,4 +1,4 @@
-"""What a run says of itself: throughput, FLOPs, memory, and the places they are written to."""
+"""Metrics of a run: throughput, FLOPs, memory, and the places they are written to."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class Trackers:
         name = type(tracker).__name__
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - of other people's code, and of no use to a run that can go on
+        except Exception as error:  # noqa: BLE001 - code of others must not end the run
             self.failures[name] += 1
             if self.failures[name] == 1:
                 log.warning("metrics: %s failed, and the run continues: %s: %s", name, type(error).__name__, error)

@@ -133,7 +133,7 @@ def build_model(path: Path, settings: ModelConfig, mesh: Mesh, work: Work, *, se
     _fill(causal_lm, path, settings, mesh, seed)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
     if not mesh.rank:
-        _tell(causal_lm, settings, how)
+        _announce(causal_lm, settings, how)
     return ParallelModel(module.train(), mesh, attend, masters, dtype, whole)
 
 
@@ -148,7 +148,7 @@ def check_model(causal_lm: PreTrainedModel, work: Work) -> None:
     prove_head(causal_lm)
 
 
-def _tell(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation) -> None:
+def _announce(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation) -> None:
     """Say how activations are kept, and what of the model's training is not, or not only, predicting tokens."""
     asked = settings.enable_gradient_checkpointing
     log.info("activation checkpointing: %s (model.enable_gradient_checkpointing=%s)", how.mode, asked)

@@ -63,13 +63,13 @@ _CONTENT = "content of data.train_files as tokenised"
 
 @dataclass
 class Run:
-    """A run ready to go; ``train.py`` says what is done with it.
+    """A run ready to start; ``train.py`` runs it.
 
     Attributes:
         config: the settings.
         data: what the data side prepared.
         validation: None without ``data.val_files``.
-        under_way: the step at work, counted from 1; 0 before the first.
+        under_way: the current step, counted from 1; 0 before the first.
     """
 
     config: Config
@@ -93,7 +93,7 @@ class Run:
         return self.schedule.total_steps
 
     def steps(self) -> Iterator[Step]:
-        """The steps still to do, built ahead; ``under_way`` is the one at work, counted from 1."""
+        """The steps still to do, built ahead; ``under_way`` is the current one, counted from 1."""
         with contextlib.closing(self.loader.iterate(self.start_step, self.total_steps)) as steps:
             self._steps = steps
             for step in steps:
@@ -116,7 +116,7 @@ class Run:
         return done == self.total_steps or (every > 0 and done % every == 0)
 
     def save(self, step: Step) -> None:
-        """Write ``global_step_N``, in the background where asked, and let old ones go."""
+        """Write ``global_step_N``, in the background where asked, and delete old ones."""
         t, done = self.config.trainer, step.index + 1
         state = TrainState(
             done,
@@ -365,13 +365,13 @@ def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Tracke
             trackers.append(make())
         except (ConfigError, Stopped):
             raise
-        except Exception as error:  # noqa: BLE001 - other people's code, which a run can do without
+        except Exception as error:  # noqa: BLE001 - code of others must not end the run
             log.warning("trainer.logger: no %s, it cannot be opened: %s: %s", name, type(error).__name__, error)
     return Trackers(trackers)
 
 
 def _versions() -> str:
-    """Versions of what the run stands on, and the commit of the folder it was started in, as YAML comments."""
+    """Versions of the software, and the commit of the folder it was started in, as YAML comments."""
     names = ("fsdpsft", "torch", "transformers", "peft", "pyarrow", "flash-attn", "liger-kernel")
     lines = [f"# python {sys.version.split()[0]}"]
     for name in names:
@@ -403,7 +403,7 @@ def _announce(
     )
     if state.step >= total_steps:
         log.info(
-            "already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps
+            "already finished: step %d of %d is done; raise trainer.total_epochs to continue", state.step, total_steps
         )
     elif state.step:
         log.info("resuming at step %d of %d", state.step, total_steps)

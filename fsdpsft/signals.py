@@ -135,12 +135,12 @@ class StopSignal:
             if self._over.wait(_POLL_S):
                 return
         limit = self._save_within_s if self._begun else GRACE_S
-        _tell(f"the launcher of this process is gone; it stops, and ends in {limit:.0f} s at the latest")
+        _print(f"the launcher of this process is gone; it stops, and ends in {limit:.0f} s at the latest")
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)  # to the main thread, as it may have to wake up for it
         if not self._over.wait(limit):
-            _tell(f"not done {limit:.0f} s after its launcher went: this process ends now, without saving")
+            _print(f"not done {limit:.0f} s after its launcher went: this process ends now, without saving")
             os._exit(EXIT_REQUEUE)
 
     def poll(self) -> Request:
@@ -189,7 +189,7 @@ class StopSignal:
             self._file = None
 
 
-def _tell(message: str) -> None:
+def _print(message: str) -> None:
     with contextlib.suppress(OSError):  # the launcher may have been reading it
         sys.stderr.write(f"process {os.getpid()}: {message}\n")
         sys.stderr.flush()

@@ -85,13 +85,13 @@ def train_step(
 def main(arguments: list[str] | None = None) -> int:
     """``python -m fsdpsft.train key=value …``; returns the exit code."""
     try:
-        return run_command(_train_and_tell, sys.argv[1:] if arguments is None else arguments)
+        return run_command(_train_and_report, sys.argv[1:] if arguments is None else arguments)
     except Stopped as stopped:
         log.warning("%s", stopped)
         return EXIT_REQUEUE
 
 
-def _train_and_tell(config: Config) -> None:
+def _train_and_report(config: Config) -> None:
     train(config)
     if "model" in config.trainer.save_contents:
         log.info("the model is in %s", config.trainer.default_local_dir)

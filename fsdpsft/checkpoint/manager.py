@@ -155,7 +155,7 @@ class CheckpointManager:
         Args:
             model: the transformers model, its parameters sharded or not.
             optimizer: needed where ``contents`` has "state".
-            state: where the run stands.
+            state: of the run.
             contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
             metric: of this step, to find the best checkpoint by.
             adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
@@ -163,7 +163,7 @@ class CheckpointManager:
             background: return once the tensors are copied to host memory, and write on a thread.
 
         Returns:
-            Seconds that the caller stood still.
+            Seconds that training waited.
 
         Raises:
             CheckpointError: this save (or, with ``background``, the one before it) failed and ``on_error`` is "error".
@@ -180,7 +180,7 @@ class CheckpointManager:
             self._fulfil(job)
             self.wait()
         stall = time.perf_counter() - began
-        logger.info("checkpoint of step %d: training stood still for %.2f s", state.step, stall)
+        logger.info("checkpoint of step %d: training waited %.2f s", state.step, stall)
         return stall
 
     def wait(self) -> None:
@@ -243,7 +243,7 @@ class CheckpointManager:
             path: a ``global_step_N`` folder.
             model: as it was when saved (same architecture, same LoRA), sharded in any way.
             optimizer: None leaves the optimiser state unread.
-            verified: the caller has just had it from ``latest_good``.
+            verified: it comes from ``latest_good``.
 
         Raises:
             CheckpointError: the checkpoint is damaged, has no state, or is of another model.

@@ -39,7 +39,7 @@ _FORMER_FIELDS = {"extra", "best_metric", "best_step"}
 
 @dataclass
 class TrainState:
-    """Where a run stands. Batches are a function of (seed, step), so there is no data position to keep.
+    """Progress of a run. Batches are a function of (seed, step), so there is no data position to keep.
 
     Attributes:
         step: optimiser steps done.
@@ -164,7 +164,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: Mapping[str, Any]) -> None:
-    """Put back what ``capture_rng`` returned; a GPU state is passed over where there is no GPU."""
+    """Put back what ``capture_rng`` returned; a GPU state is ignored where there is no GPU."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

@@ -1,7 +1,7 @@
 """The schema: a field of these dataclasses is a key, and says everything there is to know about it.
 
 ``conf/train.yaml`` is written from here (``python -m fsdpsft.config``). To add a key, add a field; rules about
-several keys at once stand in ``rules.py``.
+several keys at once are in ``rules.py``.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ BAD_ROWS = Needs(
 
 @dataclass
 class MultiturnConfig:
-    """Where a conversation's messages stand in a row."""
+    """Where a row holds a conversation's messages."""
 
     enable: bool = key(False, "true: rows must hold a list of messages; false: decided by data.format")
     messages_key: str = key("messages", "column of the messages (`conversations` is recognised too)")
-    enable_thinking_key: str = key("enable_thinking", "optional column handed to the template as enable_thinking")
+    enable_thinking_key: str = key("enable_thinking", "optional column given to the template as enable_thinking")
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Conversion:
 
     Attributes:
         given: their keys by dotted name, over their trainer's defaults.
-        typed: the names that stand in the file.
+        typed: the names in the file.
         values, origins: our keys, and what each was made from.
         lost: lines on what their run has and ours would not.
         idle: lines on what nothing depends on; ``off``: keys that are null or switched off.

@@ -379,7 +379,7 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
 
 
 def _tool(tool: Any, column: str, written: bool) -> dict[str, Any]:
-    """``written``: the definition stands as JSON text, so its nulls are the author's own."""
+    """``written``: the definition was JSON text, so its nulls are the author's own."""
     if isinstance(tool, str):
         tool, written = parse_json(tool, column, "bad tools", "a tool definition"), True
     function = tool.get("function", tool) if isinstance(tool, dict) else None

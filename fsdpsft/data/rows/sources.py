@@ -38,7 +38,7 @@ _HASH_BLOCK = 4 << 20  # hashed by a thread each
 
 @dataclass(slots=True)  # not frozen, which takes three times as long to make
 class Row:
-    """One row and where it stands.
+    """One row and its place.
 
     Attributes:
         source: path of its file.
