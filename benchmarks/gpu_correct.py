@@ -36,10 +36,7 @@ SETTINGS = {
     "offload_params": ["model.fsdp_config.offload_params=true"],
     "offload_params, selective": ["model.fsdp_config.offload_params=true", f"{_KEPT}selective"],
 }
-COMPILED = {
-    "compiled": ["model.compile=true"],
-    "compiled, selective": ["model.compile=true", f"{_KEPT}selective"],
-}
+COMPILED = {"compiled": ["model.compile=true"], "compiled, selective": ["model.compile=true", f"{_KEPT}selective"]}
 LIGER = {
     "Liger": ["model.use_liger=true"],
     "Liger, selective": ["model.use_liger=true", f"{_KEPT}selective"],

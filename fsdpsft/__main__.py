@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from fsdpsft.errors import nearest
+
 COMMANDS = {
     "train": "train a model, as a YAML file and key=value say",
     "check": "prove what would be trained, token by token",
-    "plan": "tell steps, memory and time before anything is started",
+    "plan": "show steps, memory and time before anything is started",
     "selftest": "show on your model and machine that layout changes no number",
     "export": "turn a checkpoint into a Hugging Face model",
     "convert": "rewrite a YAML of LLaMA-Factory, axolotl, TRL or verl",
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         is_setting = "=" in name or name.endswith((".yaml", ".yml"))
-        near = [f"train {name}"] if is_setting else difflib.get_close_matches(name, COMMANDS, n=1)
+        near = [f"train {name}"] if is_setting else nearest(name, COMMANDS)
         hint = f"did you mean fsdpsft {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: fsdpsft has no command {name}; {hint}\n")
         return 1

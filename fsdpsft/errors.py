@@ -77,12 +77,12 @@ class CheckpointError(UserError):
     """A checkpoint that is torn, foreign to this run, or cannot be written."""
 
 
-class RunFailed(RuntimeError):  # noqa: N818 - told apart from the user's mistakes above
+class RunFailed(RuntimeError):  # noqa: N818 - unlike the user's mistakes above
     """A run that ended for no fault of its settings: a bug, a lost process, a time-out. The cause is chained to it.
 
     Attributes:
         processes: of the run.
-        collateral: another process is at fault; this one has nothing to tell but that it noticed.
+        collateral: another process is at fault; this one only noticed.
     """
 
     def __init__(self, message: str, *, processes: int, collateral: bool) -> None:
@@ -95,13 +95,17 @@ def place(file: str, row: int | None = None, line: int | None = None) -> str:
     return file + ("" if row is None else f", row {row}") + ("" if line is None else f" (line {line})")
 
 
+def nearest(name: str, known: Iterable[str], most: int = 1, alike: float = 0.6) -> list[str]:
+    """The known names closest to ``name``, at least ``alike`` of 1, best first."""
+    return difflib.get_close_matches(name[:80], list(known), n=most, cutoff=alike)
+
+
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """``; did you mean NAME?`` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name[:80], list(known), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return "".join(f"; did you mean {prefix}{close}?" for close in nearest(name, known))
 
 
-def and_more(names: Collection[object], most: int = _LISTED) -> str:
+def and_more(names: Collection[object], most: int = _LISTED, join: str = ", ") -> str:
     """The first names and how many more there are: ``a, b and 3 more``."""
-    shown = ", ".join(map(str, islice(names, most)))
+    shown = join.join(map(str, islice(names, most)))
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

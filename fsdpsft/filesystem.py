@@ -1,6 +1,6 @@
 """Locks, and writes that survive a crash: what the data side and the output folder both need of a file system.
 
-A lock is the kernel's (``flock``): it ends with the process that holds it, however that process ends, so nobody has to
+A lock is the kernel's (``flock``): it ends with the process that holds it, however that process ends, so no one has to
 guess whether an owner still lives. The file's text names the owner to those who wait; it decides nothing.
 """
 

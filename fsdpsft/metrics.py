@@ -1,4 +1,4 @@
-"""What a run says of itself: throughput, FLOPs, memory, and the places they are written to."""
+"""Metrics of a run: throughput, FLOPs, memory, and the places they are written to."""
 
 from __future__ import annotations
 
@@ -25,11 +25,22 @@ from fsdpsft.filesystem import replace_file
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak of one device in FLOP/s, by a part of its name; vendors' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "MI300X": 1307e12,
-}  # fmt: skip
+GPUS = {
+    "B200": (2250, 180),
+    "H200": (989, 141),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "H800": (989, 80),
+    "H20": (148, 96),
+    "A100": (312, 80),
+    "A800": (312, 80),
+    "L40S": (362, 48),
+    "L4": (121, 24),
+    "A10": (125, 24),
+    "4090": (165, 24),
+    "MI300X": (1307, 192),
+}
+"""By a part of the name: dense bf16 peak in TFLOP/s, and memory in GiB of the largest variant; vendors' data sheets."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -37,7 +48,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((teraflops * 1e12 for part, (teraflops, _) in GPUS.items() if part in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -76,7 +87,7 @@ class JsonLines:
         self._waiting = b""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Append one line at once, so that a killed run keeps all it said.
+        """Append one line at once, so that a killed run keeps all it wrote.
 
         Raises:
             OSError: it cannot be written now; no part of it is left in the file.
@@ -126,37 +137,25 @@ class Console:
         """Move the bar to ``step`` and print its line."""
         self._bar.update(step - self._bar.n)
         if self._lines:
-            shown = "  ".join(
-                f"{_short(name)} {_figure(name, value)}"
-                for name, value in values.items()
-                if name in _SHOWN or name.startswith("val/")
-            )
-            tqdm.write(f"step {step}/{self._total}  {shown}", file=sys.stderr)
+            known = _SHOWN | {name: (name, ".4g") for name in values if name.startswith("val/")}
+            shown = [f"{known[name][0]} {value:{known[name][1]}}" for name, value in values.items() if name in known]
+            tqdm.write(f"step {step}/{self._total}  {'  '.join(shown)}", file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
 
 
-_SHOWN = ("epoch", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
-
-
-def _short(name: str) -> str:
-    return {"perf/tokens_per_second": "tokens/s", "perf/memory_gib": "GiB"}.get(
-        name, name.removeprefix("train/").removeprefix("perf/")
-    )
-
-
-def _figure(name: str, value: float) -> str:
-    if name == "train/lr":
-        return f"{value:.2e}"
-    return (
-        f"{value:,.0f}"
-        if name == "perf/tokens_per_second"
-        else f"{value:.4g}"
-        if name != "train/loss"
-        else f"{value:.4f}"
-    )
+_SHOWN = {
+    "epoch": ("epoch", ".4g"),
+    "train/loss": ("loss", ".4f"),
+    "train/grad_norm": ("grad_norm", ".4g"),
+    "train/lr": ("lr", ".2e"),
+    "perf/tokens_per_second": ("tokens/s", ",.0f"),
+    "perf/mfu": ("mfu", ".4g"),
+    "perf/memory_gib": ("GiB", ".4g"),
+}
+"""Metrics on the console: what each is called there, and its format."""
 
 
 class TensorBoard:
@@ -231,7 +230,7 @@ class Trackers:
         name = type(tracker).__name__
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - of other people's code, and of no use to a run that can go on
+        except Exception as error:  # noqa: BLE001 - code of others must not end the run
             self.failures[name] += 1
             if self.failures[name] == 1:
                 log.warning("metrics: %s failed, and the run continues: %s: %s", name, type(error).__name__, error)

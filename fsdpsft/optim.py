@@ -45,7 +45,7 @@ def decaying(model: nn.Module) -> dict[str, bool]:
 def decays(module: nn.Module, name: str) -> bool:
     """Whether weight decay acts on the parameter ``name`` (its full name) that ``module`` itself holds.
 
-    It acts on the matrices that hidden states are multiplied with or looked up in, told by the module that holds them:
+    It acts on matrices that hidden states are multiplied with or looked up in, recognised by their module:
 
     - the ``weight`` of linear layers and embeddings (LoRA's among them),
     - the ``weight`` of a mixture's router,

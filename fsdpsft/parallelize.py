@@ -26,7 +26,7 @@ from fsdpsft.distributed import activation_checkpoint, ulysses
 from fsdpsft.distributed.activation_checkpoint import Recomputation
 from fsdpsft.distributed.fsdp import MasterWeights, Sharding, prepare_micro_batch, shard_model
 from fsdpsft.distributed.mesh import Mesh
-from fsdpsft.model import dropout, experts, lora
+from fsdpsft.model import lora
 from fsdpsft.model.attention import IMPLEMENTATION, Attend, AttentionContext, check_architecture
 from fsdpsft.model.attention_backends import choose_backend, requirements
 from fsdpsft.model.block_proof import BlockProof, Change
@@ -34,6 +34,7 @@ from fsdpsft.model.head import prove_head
 from fsdpsft.model.load import build_meta_model, load_model_config, load_weights
 from fsdpsft.model.memory import CHECKPOINTING, Work, available_memory, choose_checkpointing
 from fsdpsft.model.patches import apply_patches
+from fsdpsft.model.remarks import active_dropout, remarks
 from fsdpsft.model.rope import check_rope
 from fsdpsft.model.sft_model import ModelInput, SFTModel, decoder_blocks, resolve_dtype
 
@@ -50,7 +51,7 @@ class ParallelModel:
     Attributes:
         module: the root module, sharded where there are several processes.
         attend: the attention backend, inside the Ulysses exchange where there is one.
-        masters: stands between master weights and compute dtype for one process; None where FSDP does that.
+        masters: copies of the weights in the compute dtype, for one process; None where FSDP makes them.
         whole: FSDP units that stay whole between a step's micro-batches.
     """
 
@@ -82,10 +83,14 @@ class ParallelModel:
         """What this process feeds its model."""
         group = self.mesh.sp_group
         return ModelInput(
-            local.input_ids, local.position_ids, AttentionContext.of(batch, self.attend, self.mesh.device),
-            local.trained_index, local.targets, local.loss_weights,
+            local.input_ids,
+            local.position_ids,
+            AttentionContext.of(batch, self.attend, self.mesh.device),
+            local.trained_index,
+            local.targets,
+            local.loss_weights,
             exchange=partial(ulysses.spread, plan=local.plan, group=group) if group else None,
-        )  # fmt: skip
+        )
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Forward and backward belong inside this."""
@@ -128,7 +133,7 @@ def build_model(path: Path, settings: ModelConfig, mesh: Mesh, work: Work, *, se
     _fill(causal_lm, path, settings, mesh, seed)
     masters = MasterWeights(module, dtype) if mesh.fsdp is None else None
     if not mesh.rank:
-        _tell(causal_lm, settings, how)
+        _announce(causal_lm, settings, how)
     return ParallelModel(module.train(), mesh, attend, masters, dtype, whole)
 
 
@@ -143,11 +148,11 @@ def check_model(causal_lm: PreTrainedModel, work: Work) -> None:
     prove_head(causal_lm)
 
 
-def _tell(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation) -> None:
+def _announce(causal_lm: PreTrainedModel, settings: ModelConfig, how: Recomputation) -> None:
     """Say how activations are kept, and what of the model's training is not, or not only, predicting tokens."""
     asked = settings.enable_gradient_checkpointing
     log.info("activation checkpointing: %s (model.enable_gradient_checkpointing=%s)", how.mode, asked)
-    for remark in filter(None, (*experts.remarks(causal_lm.config), dropout.remark(causal_lm))):
+    for remark in remarks(causal_lm):
         log.warning("%s: %s", type(causal_lm).__name__, remark)
 
 
@@ -171,14 +176,14 @@ def _recomputation(module: SFTModel, settings: ModelConfig, mesh: Mesh, work: Wo
         chosen = choose_checkpointing(module, settings, work, shards, size, available_memory(mesh.device))
         votes = torch.tensor([float(chosen == mode) for mode in CHECKPOINTING], device=mesh.device)
         mode = CHECKPOINTING[int(mesh.sum(votes).nonzero().max())]
-    draws = draws or bool(dropout.active_dropout(module))
+    draws = draws or bool(active_dropout(module))
     return Recomputation(mode, settings.activation_offload, settings.mlp_tiles, draws)
 
 
 def _compile(causal_lm: PreTrainedModel, mlp_tiles: int, proof: BlockProof) -> None:
     """Compile each unit's forward, which the compiler must see without what wraps it.
 
-    A backend that is marked ``outside_graph`` cuts the graph and runs as it is.
+    A backend that is marked ``outside_graph`` cuts the graph and runs uncompiled.
     """
     log.info("blocks are compiled: the first steps take a minute longer")
     with proof.unchanged(Change("model.compile", "Set model.compile=false."), same_kernels=False):
@@ -211,9 +216,15 @@ def adapted_model(path: Path, settings: ModelConfig, compute_dtype: torch.dtype)
 
 def _lora_settings(settings: ModelConfig) -> lora.LoraSettings:
     return lora.LoraSettings(
-        settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules,
-        settings.exclude_modules, tuple(settings.modules_to_save or ()), settings.use_rslora, settings.use_dora,
-    )  # fmt: skip
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.target_modules,
+        settings.exclude_modules,
+        tuple(settings.modules_to_save or ()),
+        settings.use_rslora,
+        settings.use_dora,
+    )
 
 
 def _adapter_path(settings: ModelConfig) -> Path | None:

@@ -36,7 +36,7 @@ _STOP_SAMPLES = 32
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the data side hands on.
+    """What the data side gives to training.
 
     Attributes:
         model_path: local folder of the model.

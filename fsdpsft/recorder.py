@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fsdpsft.data.batches.loader import Step
-from fsdpsft.errors import UserError
+from fsdpsft.errors import UserError, and_more
 from fsdpsft.metrics import Throughput, Trackers, by_source
 
 
@@ -85,7 +85,7 @@ class Recorder:
         describe: names a sample's file and row, for the error of a non-finite step.
         steps_per_epoch: to tell the epoch as a fraction.
         log_freq: steps between written lines; the first step has one too.
-        source_names: their losses are told apart where there are several.
+        source_names: losses are given for each where there are several.
         tokens_seen: trained on before this run (on resume).
     """
 
@@ -167,10 +167,9 @@ class Recorder:
                 self._trackers.log(values, item.step)
 
     def _not_finite(self, item: _Pending, loss: float, grad_norm: float) -> NonFiniteError:
-        names = [self._describe(int(row)) for row in item.rows[:8]]
-        more = f", and {len(item.rows) - 8} more" if len(item.rows) > 8 else ""
+        named = and_more([self._describe(int(row)) for row in item.rows], join="; ")
         return NonFiniteError(
             f"step {item.step}: the loss is {loss}, the gradient norm {grad_norm}; the run stops and nothing of this "
-            f"step is saved. Rows of its batch: {'; '.join(names)}{more}. Lower optim.lr, or look at these rows with "
+            f"step is saved. Rows of its batch: {named}. Lower optim.lr, or look at these rows with "
             f"python -m fsdpsft.check"
         )

@@ -63,13 +63,13 @@ _CONTENT = "content of data.train_files as tokenised"
 
 @dataclass
 class Run:
-    """A run ready to go; ``train.py`` says what is done with it.
+    """A run ready to start; ``train.py`` runs it.
 
     Attributes:
         config: the settings.
         data: what the data side prepared.
         validation: None without ``data.val_files``.
-        under_way: the step at work, counted from 1; 0 before the first.
+        under_way: the current step, counted from 1; 0 before the first.
     """
 
     config: Config
@@ -93,7 +93,7 @@ class Run:
         return self.schedule.total_steps
 
     def steps(self) -> Iterator[Step]:
-        """The steps still to do, built ahead; ``under_way`` is the one at work, counted from 1."""
+        """The steps still to do, built ahead; ``under_way`` is the current one, counted from 1."""
         with contextlib.closing(self.loader.iterate(self.start_step, self.total_steps)) as steps:
             self._steps = steps
             for step in steps:
@@ -116,7 +116,7 @@ class Run:
         return done == self.total_steps or (every > 0 and done % every == 0)
 
     def save(self, step: Step) -> None:
-        """Write ``global_step_N``, in the background where asked, and let old ones go."""
+        """Write ``global_step_N``, in the background where asked, and delete old ones."""
         t, done = self.config.trainer, step.index + 1
         state = TrainState(
             done,
@@ -171,7 +171,7 @@ def open_run(config: Config) -> Iterator[Run]:
     if trigger is not None and trigger.exists() and not trigger.is_file():
         raise ConfigError(f"trainer.save_on_file={trigger} is a device or a folder; name a file that does not exist")
     with StopSignal(trigger, launcher_is_gone, save_within_s=t.timeout) as requests:
-        data = prepare_data(config)  # before any process group: nobody times out while tokens are made
+        data = prepare_data(config)  # before any process group: no process times out while tokens are made
         # Before the lock, which makes the output folder: a mistake leaves none.
         check_world(env_world_size(), config.ulysses_sequence_parallel_size, config.model.fsdp_config.replicate_size)
         alone = _own_folder(folder) if env_rank() == 0 else contextlib.nullcontext()
@@ -188,10 +188,14 @@ def _own_folder(folder: Path) -> Iterator[None]:
             yield
         except Stopped as stopped:
             if new and not stopped.step:
-                (folder / LOCK_FILE).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # what somebody else has put there stays
-                    folder.rmdir()
+                _remove_unused(folder)
             raise
+
+
+def _remove_unused(folder: Path) -> None:
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds files of somebody else
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -219,7 +223,7 @@ def _join(config: Config, data: TrainingData, requests: StopSignal) -> Iterator[
         except Stopped:
             run.checkpoints.wait()
             raise
-        run.checkpoints.wait()  # here, so that a process stuck in the last save is told like any other
+        run.checkpoints.wait()  # here, so that a process stuck in the last save is reported like any other
     except (UserError, Stopped):  # all processes come here together
         _leave(run, joined_before)
         raise
@@ -361,13 +365,13 @@ def _trackers(config: Config, mesh: Mesh, step: int, total_steps: int) -> Tracke
             trackers.append(make())
         except (ConfigError, Stopped):
             raise
-        except Exception as error:  # noqa: BLE001 - other people's code, which a run can do without
+        except Exception as error:  # noqa: BLE001 - code of others must not end the run
             log.warning("trainer.logger: no %s, it cannot be opened: %s: %s", name, type(error).__name__, error)
     return Trackers(trackers)
 
 
 def _versions() -> str:
-    """Versions of what the run stands on, and the commit of the folder it was started in, as YAML comments."""
+    """Versions of the software, and the commit of the folder it was started in, as YAML comments."""
     names = ("fsdpsft", "torch", "transformers", "peft", "pyarrow", "flash-attn", "liger-kernel")
     lines = [f"# python {sys.version.split()[0]}"]
     for name in names:
@@ -399,7 +403,7 @@ def _announce(
     )
     if state.step >= total_steps:
         log.info(
-            "already finished: step %d of %d is done; raise trainer.total_epochs to go on", state.step, total_steps
+            "already finished: step %d of %d is done; raise trainer.total_epochs to continue", state.step, total_steps
         )
     elif state.step:
         log.info("resuming at step %d of %d", state.step, total_steps)

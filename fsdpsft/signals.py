@@ -1,9 +1,8 @@
 """Stopping and saving on request: by a signal, by a file that appears, or because the launcher is gone.
 
-The request may reach one process only, or all at different moments, yet every rank must act after the same step. So
-each step ends with an asynchronous all-reduce (maximum of one byte) over a process group on the CPU, whose result is
-read at the end of the next step: by then it has long arrived. The GPU is never waited for, and all ranks learn of a
-request after the same step, one step late.
+A request may reach one process only, yet every rank must act after the same step. So each step ends with an
+asynchronous all-reduce of one byte over a process group on the CPU, whose result is read at the end of the next step:
+all ranks learn of a request after the same step, one step late, and the GPU is never waited for.
 
 Before the first step there is nothing to save: a signal then raises ``Stopped`` at once, so that every ``with`` and
 ``finally`` on the way out removes what was begun.
@@ -102,7 +101,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back to whom they were taken from."""
+        """Restore the former signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._over.set()
@@ -136,12 +135,12 @@ class StopSignal:
             if self._over.wait(_POLL_S):
                 return
         limit = self._save_within_s if self._begun else GRACE_S
-        _tell(f"the launcher of this process is gone; it stops, and ends in {limit:.0f} s at the latest")
+        _print(f"the launcher of this process is gone; it stops, and ends in {limit:.0f} s at the latest")
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)  # to the main thread, as it may have to wake up for it
         if not self._over.wait(limit):
-            _tell(f"not done {limit:.0f} s after its launcher went: this process ends now, without saving")
+            _print(f"not done {limit:.0f} s after its launcher went: this process ends now, without saving")
             os._exit(EXIT_REQUEUE)
 
     def poll(self) -> Request:
@@ -173,7 +172,7 @@ class StopSignal:
     def _own_request(self) -> Request:
         if self._asked is Request.STOP:
             return Request.STOP
-        # A device or a folder of that name is none of ours.
+        # A device or a folder of that name is not a request.
         if self._leads and self._file is not None and self._file.is_file():
             return Request.SAVE
         return Request.NONE
@@ -190,7 +189,7 @@ class StopSignal:
             self._file = None
 
 
-def _tell(message: str) -> None:
+def _print(message: str) -> None:
     with contextlib.suppress(OSError):  # the launcher may have been reading it
         sys.stderr.write(f"process {os.getpid()}: {message}\n")
         sys.stderr.flush()

@@ -32,7 +32,7 @@ def train(config: Config) -> dict[str, float]:
 
     Raises:
         UserError: settings, data or model that cannot work, before any training; a non-finite step, during it.
-        Stopped: a signal asked for it; the run is saved and goes on from there when started again.
+        Stopped: a signal asked for it; the run is saved and continues from there when started again.
         RunFailed: anything else, here or in another process; names rank and step.
     """
     t = config.trainer
@@ -85,13 +85,13 @@ def train_step(
 def main(arguments: list[str] | None = None) -> int:
     """``python -m fsdpsft.train key=value …``; returns the exit code."""
     try:
-        return run_command(_train_and_tell, sys.argv[1:] if arguments is None else arguments)
+        return run_command(_train_and_report, sys.argv[1:] if arguments is None else arguments)
     except Stopped as stopped:
         log.warning("%s", stopped)
         return EXIT_REQUEUE
 
 
-def _train_and_tell(config: Config) -> None:
+def _train_and_report(config: Config) -> None:
     train(config)
     if "model" in config.trainer.save_contents:
         log.info("the model is in %s", config.trainer.default_local_dir)

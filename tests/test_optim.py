@@ -14,15 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fsdpsft import optim
-from fsdpsft.optim import (
-    MixedAdamW,
-    build_optimizer,
-    clip_grad_norm,
-    decay_report,
-    decaying,
-    parameter_groups,
-    set_lr,
-)
+from fsdpsft.optim import MixedAdamW, build_optimizer, clip_grad_norm, decay_report, decaying, parameter_groups, set_lr
 from fsdpsft.testing import run_distributed, tiny_model
 from tests.parity.reference import SlowAdamW
 

@@ -32,7 +32,7 @@ _NOT_CARRIED = re.compile(r"manifest\.json|.*\.index\.json|adapter_config\.json|
 
 @dataclass(frozen=True)
 class Handoff:
-    """What is handed on, beside the weights.
+    """What is exported beside the weights.
 
     Attributes:
         source: folder of the model training began from.
@@ -41,7 +41,7 @@ class Handoff:
         chat_template: the template trained with; None keeps the source's.
         eos_token_ids: tokens that end a turn; generation_config.json will name them all.
         fingerprints: put into the manifest (template, data, ...).
-        stored: dtypes of the source's files, where the files are no longer at hand.
+        stored: dtypes of the source's files, where the files are gone.
     """
 
     source: Path
@@ -78,13 +78,7 @@ class Probe:
 def write_hub_files(folder: Path, files: Sequence[PlannedFile], handoff: Handoff) -> dict[str, FileRecord]:
     """Write all but the weights: config, generation config, tokenizer, chat template, index.
 
-    Args:
-        folder: the model's folder.
-        files: the weight files, for the index and the dtype; none where the folder is to hold no weights.
-        handoff: see ``Handoff``.
-
-    Returns:
-        Each file written.
+    ``files`` are the weight files, for the index and the dtype. Returns each file written.
     """
     records = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,11 +176,7 @@ def prove_model(folder: Path, files: Sequence[PlannedFile], handoff: Handoff, *,
     The bytes of the weights have been compared when they were written; here it is the parts together: index and key
     set, dtype in the config, ties, tokenizer, chat template, stop tokens. No remote code is run.
 
-    Args:
-        folder: the model's folder.
-        files: the weight files as planned.
-        handoff: see ``Handoff``.
-        tied: whether the weights hold one tensor for embedding and head; None where nobody knows.
+    ``tied`` says whether the weights hold one tensor for embedding and head; None where not known.
 
     Returns:
         The verdict for the manifest.

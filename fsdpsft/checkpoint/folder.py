@@ -4,16 +4,11 @@ A checkpoint is written as ``.tmp-global_step_N`` and renamed when it is proven;
 ``.trash-global_step_N`` first. So a ``global_step_N`` is whole at any moment, and what a crash leaves behind starts
 with a dot and is cleared away at the next start.
 
-The root holds hard links to one checkpoint's Hugging Face files (no second copy on disk; the links outlive the
-checkpoint's own deletion). Several files cannot be renamed at once, so one decides: sharded weights are
-linked under names that carry the step (``model-step40-00001-of-00004.safetensors``), and the index that lists them is
-renamed over the old one last, then the old shards go. A reader gets all its weights from one step, because it learns
-their names from one index; if an old shard has been deleted in the meantime, opening it fails and the reader tries
-again. A model that is not sharded is one file, whose rename decides.
+The root holds hard links to one checkpoint's Hugging Face files. Several files cannot be renamed at once, so one
+decides: sharded weights are linked under names that carry the step (``model-step40-00001-of-00004.safetensors``), the
+index that lists them is renamed over the old one, then the old shards go. So a reader gets all weights from one step.
 
-``manifest.json`` says which files a checkpoint consists of and what each must contain. A checkpoint is good if its
-manifest is whole (it carries a checksum of itself) and every file that it names has the length and SHA-256 that it
-names. That recognises the torn, the truncated, the bit-flipped and the half-deleted.
+A checkpoint is good if ``manifest.json`` matches its own checksum, and every file that it names its length and SHA-256.
 """
 
 from __future__ import annotations
@@ -96,11 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished checkpoint.")
     content = read_object(path, CheckpointError, "Use another checkpoint.")
     version = content.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
-            f"version that wrote it."
-        )
+    require_version(path, version)
     try:
         checksum = content.pop("sha256")
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
@@ -115,6 +106,15 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path} names {name!r}, which lies outside the checkpoint; it is not to be trusted.")
     return manifest
+
+
+def require_version(path: Path, version: object) -> None:
+    """Refuse a manifest or state that another version wrote."""
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
+            f"version that wrote it."
+        )
 
 
 def verify(folder: Path, *, below: str = "", part: int = 0, parts: int = 1) -> Manifest:
@@ -161,10 +161,10 @@ def only_run_in(root: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Keep every other run out of an output folder, which is made when missing; for rank 0 of a training run.
 
     The lock ends with the process, so that a killed run leaves none, while one whose launcher alone was killed, and
-    which goes on writing, keeps it. On a file system without locks a warning says so.
+    which still writes, keeps it. On a file system without locks a warning says so.
 
     Raises:
-        ConfigError: another run writes there, and did not end within ``patience_s``; or nobody can write there.
+        ConfigError: another run did not end within ``patience_s``, or the folder cannot be written to.
     """
     lock = root / LOCK_FILE
     with contextlib.ExitStack() as held:
@@ -269,7 +269,7 @@ class RunFolder:
             self._deletions.pop().join()
 
     def set_aside(self, after: int) -> None:
-        """Rename checkpoints of later steps than ``after`` out of the way: this run does not go on from them.
+        """Rename checkpoints of later steps than ``after`` out of the way: this run does not continue from them.
 
         They would pass for the newest ones of a run that began anew, or again from an earlier step. Nothing is deleted.
         """

@@ -1,10 +1,9 @@
 """Checkpoints: ``global_step_N/`` with a Hugging Face model and the state to resume from, complete or absent.
 
-A save has two halves. The first copies this rank's part of weights and optimiser state to host memory; training waits
-for that alone. The second (on a thread, or at once) writes: the state as one safetensors file per rank in the layout of
-``torch.distributed.checkpoint``, the model as Hub files whose owners gather one tensor at a time over a process group
-on the CPU. Rank 0 then proves the model, writes the manifest, renames the folder into place, links it at the root and
-deletes old checkpoints. Every rank learns the outcome; a failed save is an error of the run.
+A save copies this rank's part of weights and optimiser state to host memory, for which training waits. Then, on a
+thread or at once, it writes: the state as one safetensors file per rank, the model as Hub files whose owners gather one
+tensor at a time over a process group on the CPU. Rank 0 proves the model, writes the manifest, renames the folder into
+place, links it at the root and deletes old checkpoints. Every rank learns the outcome.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from fsdpsft.checkpoint.export import Handoff, Probe, prove_answers, prove_model, source_template, write_hub_files
-from fsdpsft.checkpoint.folder import Manifest, RunFolder, holds_model, verify, write_manifest
+from fsdpsft.checkpoint.folder import FORMAT_VERSION, Manifest, RunFolder, holds_model, verify, write_manifest
 from fsdpsft.checkpoint.parameters import is_tied, named_tensors, trained_tensors
 from fsdpsft.checkpoint.pieces import Exchange, Peers, Piece, Staging, piece_of, rows_of
 from fsdpsft.checkpoint.safetensors import TensorSpec, dtype_name
 from fsdpsft.checkpoint.state import (
-    FORMAT_VERSION,
     MODEL,
     OPTIMIZER,
     STATE_FILE,
@@ -157,7 +155,7 @@ class CheckpointManager:
         Args:
             model: the transformers model, its parameters sharded or not.
             optimizer: needed where ``contents`` has "state".
-            state: where the run stands.
+            state: of the run.
             contents: "model" (Hugging Face files), "state" (``trainer_state/``), or both.
             metric: of this step, to find the best checkpoint by.
             adapter: with LoRA; ``trainer_state`` then holds the trained parameters only.
@@ -165,7 +163,7 @@ class CheckpointManager:
             background: return once the tensors are copied to host memory, and write on a thread.
 
         Returns:
-            Seconds that the caller stood still.
+            Seconds that training waited.
 
         Raises:
             CheckpointError: this save (or, with ``background``, the one before it) failed and ``on_error`` is "error".
@@ -182,7 +180,7 @@ class CheckpointManager:
             self._fulfil(job)
             self.wait()
         stall = time.perf_counter() - began
-        logger.info("checkpoint of step %d: training stood still for %.2f s", state.step, stall)
+        logger.info("checkpoint of step %d: training waited %.2f s", state.step, stall)
         return stall
 
     def wait(self) -> None:
@@ -245,7 +243,7 @@ class CheckpointManager:
             path: a ``global_step_N`` folder.
             model: as it was when saved (same architecture, same LoRA), sharded in any way.
             optimizer: None leaves the optimiser state unread.
-            verified: the caller has just had it from ``latest_good``.
+            verified: it comes from ``latest_good``.
 
         Raises:
             CheckpointError: the checkpoint is damaged, has no state, or is of another model.

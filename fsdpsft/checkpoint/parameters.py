@@ -35,7 +35,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the name they have in the plain model, tied ones once.
 
     Taken from ``state_dict``, whose hooks bring FSDP2 parameters back to their sharded form and hide checkpoint
-    wrappers. Of tied names the one ``save_pretrained`` drops is dropped.
+    wrappers. Of tied names the one that ``save_pretrained`` drops is left out.
 
     Raises:
         ModelError: the model declares two names tied that no longer share their tensor, or the reverse.

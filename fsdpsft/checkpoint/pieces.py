@@ -1,9 +1,9 @@
-"""Which part of a tensor this rank holds, its copy in host memory, and how a rank comes by a whole tensor.
+"""Which part of a tensor this rank holds, its copy in host memory, and how a rank gathers a whole tensor.
 
 A sharded parameter (DTensor) is a box per rank. For writing, every element must have exactly one writer: of the ranks
 that hold the same box, the first one. ``Exchange`` brings the boxes of one tensor together on one rank at a time, over
 a process group on the CPU, so that no rank ever holds more than the tensor it is about to write. ``Peers`` are the
-other ranks: waiting for one of them ends after a time, and says for which.
+other ranks: a wait for one of them ends after a time-out, which names it.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Staging:
             self._pending = False
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers.clear()
         self._slab = torch.empty(0, dtype=torch.uint8)
         while self._pinned:
@@ -201,7 +201,7 @@ def _check(error: Any) -> None:
 
 
 _SLOWEST_DISK = 100_000_000
-"""Bytes a second, all ranks together; ranks that write less are taken to be stuck."""
+"""Bytes a second, all ranks together; slower ranks count as stuck."""
 _BYTES_PER_PARAMETER = 16
 """Of a checkpoint: float32 weights and AdamW's two moments, and the exported weights."""
 

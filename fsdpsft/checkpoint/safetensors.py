@@ -1,12 +1,10 @@
 """Safetensors files, read by rows and written one tensor at a time.
 
 A file is eight bytes (the header's length, little-endian), a JSON header (name -> dtype, shape, byte range) and the
-tensors' bytes in C order without gaps. Consecutive rows are one byte range, so a process that keeps some rows of a
-tensor reads those alone, with ``pread``, into the memory where they stay. (Mapping the file would count the touched
-pages as the process's own memory.)
+tensors' bytes in C order without gaps. So a process that keeps some rows of a tensor reads those alone, with ``pread``,
+into the memory where they stay (a mapped file's pages would count as the process's own memory).
 
-``safetensors.torch.save_file`` wants every tensor of a file in memory at once and holds the GIL while it writes; the
-writer here needs one tensor, lets training go on, and hashes what it writes.
+``safetensors.torch.save_file`` needs every tensor of a file in memory and holds the GIL; the writer here does neither.
 """
 
 from __future__ import annotations
@@ -276,7 +274,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as it stands in a file."""
+    """A tensor of a file."""
 
     name: str
     dtype: torch.dtype
@@ -331,16 +329,16 @@ class TensorFileWriter:
         self._size += len(content)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, which must be the one announced: same name, dtype and shape."""
+        """Append the next tensor, which must be the one expected: same name, dtype and shape."""
         spec = self._specs[self._next]
         found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-        assert found == spec, f"{self._path}: {found} came where {spec} was announced"
+        assert found == spec, f"{self._path}: {found} was given where {spec} was expected"
         host = tensor.detach().to("cpu").contiguous().view(-1)
         self._put(host.view(torch.uint8).numpy().data)
         self._next += 1
 
     def close(self) -> FileRecord:
-        """Fsync and close; return what was written (hashed as it was handed over, not as the disk returned it)."""
+        """Fsync and close; return what was written (hashed before it was written)."""
         assert self._next == len(self._specs), f"{self._path}: {len(self._specs) - self._next} tensors were not written"
         os.fsync(self._file.fileno())
         # The kernel may forget these pages: the proof that follows then reads the disk, and training keeps its memory.

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.tensor import DTensor
 
+from fsdpsft.checkpoint.folder import require_version
 from fsdpsft.checkpoint.pieces import Piece
 from fsdpsft.checkpoint.safetensors import TensorFileWriter, TensorSpec, dtype_named
 from fsdpsft.errors import CheckpointError
@@ -33,13 +34,12 @@ Saved = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and whole shape of a saved tensor."""
 STATE_FOLDER = "trainer_state"
 STATE_FILE = "trainer_state/state.json"
-FORMAT_VERSION = 1
 _FORMER_FIELDS = {"extra", "best_metric", "best_step"}
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. Batches are a function of (seed, step), so there is no data position to keep.
+    """Progress of a run. Batches are a function of (seed, step), so there is no data position to keep.
 
     Attributes:
         step: optimiser steps done.
@@ -77,12 +77,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {STATE_FILE}: there is no state to resume from.")
     content = read_object(file, CheckpointError, "Use another checkpoint.")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version {version}; this version of fsdpsft reads {FORMAT_VERSION}. Resume with the "
-            f"version that wrote it."
-        )
+    require_version(file, content.get("format_version"))
     try:
         TrainState.of(content)
         saved_tensors(content)
@@ -169,7 +164,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: Mapping[str, Any]) -> None:
-    """Put back what ``capture_rng`` returned; a GPU state is passed over where there is no GPU."""
+    """Put back what ``capture_rng`` returned; a GPU state is ignored where there is no GPU."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

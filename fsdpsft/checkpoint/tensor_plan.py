@@ -135,10 +135,7 @@ class PlannedFile:
 def plan_export(model: nn.Module, pieces: Mapping[str, Piece], layout: Layout) -> list[PlannedFile]:
     """Plan the weight files: names and shapes as on the Hub, dtypes and sizes as ``layout`` says.
 
-    Args:
-        model: the transformers model, for its layout conversions.
-        pieces: name in the model -> piece (only shape and dtype are looked at).
-        layout: of the files.
+    ``model`` is needed for its layout conversions; of the pieces, by name in the model, shape and dtype are used.
     """
     on_disk = layout.dtype_of
     whole = {name: torch.empty(piece.shape, dtype=piece.dtype, device="meta") for name, piece in pieces.items()}
@@ -160,11 +157,7 @@ def _conversion_units(
 
     One tensor at a time where that works (experts split apart), else a layer at a time, else all at once.
     """
-    groupings = (
-        [[name] for name in rest],
-        list(_by_layer(rest).values()),
-        [list(rest)],
-    )
+    groupings = ([[name] for name in rest], list(_by_layer(rest).values()), [list(rest)])
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     for groups in groupings:
         made = [_try_convert(model, {name: rest[name] for name in group}) for group in groups]

@@ -1,4 +1,4 @@
-"""What all command-line tools share: reading settings, help, and errors told once, to people."""
+"""What all command-line tools share: reading settings, help, and errors, printed once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USAGE = """usage: [torchrun --nproc_per_node=N] -m {module} [run.yaml] key=value
 
   run.yaml                    a file of the keys it sets, such as the config.yaml of a run; key=value beats it
   --help                      this text and every key
-  --cfg job                   print the settings as they come out, and exit
+  --cfg job                   print the resulting settings, and exit
   --config-dir DIR            folder of your own YAML
   --config-name NAME          its name; put `train` in its defaults list to extend the keys below
 
@@ -52,16 +52,16 @@ def run_command(command: Callable[[Config], object], arguments: Sequence[str], m
         command(config)
     except UserError as error:
         if quiet:
-            time.sleep(10)  # rank 0 tells it; torchrun then ends this process
+            time.sleep(10)  # rank 0 prints it; torchrun then ends this process
         else:
             sys.stderr.write(f"error: {error}\n")
         return 1
     except RunFailed as failure:
-        return _tell(failure)
+        return _report(failure)
     return 0
 
 
-def _tell(failure: RunFailed) -> int:
+def _report(failure: RunFailed) -> int:
     """Write what ended the run, whole lines at once; the process at fault gives its traceback, the others one line."""
     sys.stderr.write(f"{failure}\n")
     if not failure.collateral:
@@ -75,7 +75,7 @@ def _tell(failure: RunFailed) -> int:
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Part ``--option value`` and ``--option=value`` from ``key=value``."""
+    """Separate ``--option value`` and ``--option=value`` from ``key=value``."""
     options: dict[str, str] = {}
     overrides: list[str] = []
     waiting = iter(arguments)

@@ -127,7 +127,7 @@ def _parse(text: str) -> tuple[str, Any]:
             raise ConfigError(f"{text}: several values need brackets, {name}=[{value}]")
         return name, value  # a path may hold blanks, commas, = and parentheses: they mean nothing here
     try:
-        if name in KEYS and KEYS[name].path:  # Hydra's grammar has no ~, YAML's reads it as people mean it
+        if name in KEYS and KEYS[name].path:  # Hydra's grammar has no ~, YAML's has
             return name, OmegaConf.to_container(OmegaConf.create(f"k: {value}"))["k"]  # type: ignore[index, call-overload]
         return name, OverridesParser.create().parse_override(f"k={value}").value()
     except (HydraException, YAMLError, OmegaConfBaseException) as error:
@@ -140,7 +140,7 @@ def _is_text(name: str) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of keys as it stands, references included.
+    """Keys of a YAML file, references unresolved.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -181,20 +181,20 @@ def _compose(preset: str | None, config_dir: str | Path | None, config_name: str
 
 
 def _set(raw: DictConfig, name: str, value: Any) -> None:
-    _told(lambda: OmegaConf.update(raw, name, value, merge=False, force_add=True), name)
+    _named(lambda: OmegaConf.update(raw, name, value, merge=False, force_add=True), name)
 
 
 def _spell(raw: DictConfig) -> None:
     """Bring the spellings that people type to the one the schema knows, in place."""
     for name, key in KEYS.items():
-        value = _told(lambda name=name: OmegaConf.select(raw, name), name)  # type: ignore[misc]
+        value = _named(lambda name=name: OmegaConf.select(raw, name), name)  # type: ignore[misc]
         spelt = _spelt(name, key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
         if spelt is not None:
             OmegaConf.update(raw, name, spelt[0])
 
 
 def _spelt(name: str, key: Key, value: Any) -> tuple[Any] | None:
-    """The value as the schema spells it, in a tuple; None where that is how it is."""
+    """The value as the schema spells it, in a tuple; None where it is already."""
     spelt = value
     if name == "model.enable_gradient_checkpointing" and str(value).lower() in ("true", "false"):
         spelt = "full" if str(value).lower() == "true" else "none"
@@ -223,10 +223,10 @@ def _at_home(value: Any) -> Any:
 
 
 def _typed(raw: DictConfig) -> Config:
-    missing = [name for name in KEYS if _told(lambda name=name: OmegaConf.is_missing(*_parent(raw, name)), name)]  # type: ignore[misc]
+    missing = [name for name in KEYS if _named(lambda name=name: OmegaConf.is_missing(*_parent(raw, name)), name)]  # type: ignore[misc]
     if missing:
         raise ConfigError("; ".join(f"{name} is not set: {name}=…" for name in missing))
-    config = _told(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw)), "a key")
+    config = _named(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw)), "a key")
     assert isinstance(config, Config)
     return config
 
@@ -236,7 +236,7 @@ def _parent(raw: DictConfig, name: str) -> tuple[Any, str]:
     return (OmegaConf.select(raw, section) if section else raw), leaf
 
 
-def _told(work: Callable[[], Any], name: str) -> Any:
+def _named(work: Callable[[], Any], name: str) -> Any:
     """Run ``work`` on the settings; what OmegaConf and its resolvers raise becomes one line that names the key."""
     try:
         return work()

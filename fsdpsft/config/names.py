@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from fsdpsft.config.schema import KEYS
-from fsdpsft.errors import ConfigError
+from fsdpsft.errors import ConfigError, nearest
 
 ALIASES = {
     "data.micro_batch_size": "data.micro_batch_size_per_gpu",
@@ -110,8 +109,8 @@ def unknown_key(name: str) -> ConfigError:
     """The error for a name that is no key: what it misspells, or what another trainer's key of that name is here."""
     leaf = name.rpartition(".")[2]
     same_leaf = [known for known in KEYS if known.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(name, [*KEYS, *ALIASES], n=1, cutoff=_SAME_WORD)
+    close = nearest(name, [*KEYS, *ALIASES], alike=_SAME_WORD)
     typed_by_others = any(name in peers(section) for section in other_trainers())
-    nearest = "" if typed_by_others else (same_leaf or close or [""])[0]
-    hint = f"; did you mean {nearest}?" if nearest else f": {theirs}" if (theirs := peer_hint(name)) else ""
+    meant = "" if typed_by_others else (same_leaf or close or [""])[0]
+    hint = f"; did you mean {meant}?" if meant else f": {theirs}" if (theirs := peer_hint(name)) else ""
     return ConfigError(f"unknown key {name}{hint} (all keys: fsdpsft train --help)")

@@ -53,15 +53,9 @@ def is_harmful(change: Change) -> bool:
 
 
 def check_config(was: Mapping[str, Any], now: Mapping[str, Any], *, allow: bool = False) -> list[Change]:
-    """Compare the settings a checkpoint was made with to those of this run.
+    """All changes from a checkpoint's nested settings to those of this run, for the log.
 
-    Args:
-        was: the checkpoint's settings, nested.
-        now: the settings of this run.
-        allow: ``trainer.allow_config_change``: take harmful changes too.
-
-    Returns:
-        All changes, for the log.
+    ``allow`` (``trainer.allow_config_change``) takes harmful ones too.
 
     Raises:
         CheckpointError: a diff of the harmful ones.

@@ -1,7 +1,7 @@
 """The schema: a field of these dataclasses is a key, and says everything there is to know about it.
 
 ``conf/train.yaml`` is written from here (``python -m fsdpsft.config``). To add a key, add a field; rules about
-several keys at once stand in ``rules.py``.
+several keys at once are in ``rules.py``.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ BAD_ROWS = Needs(
 
 @dataclass
 class MultiturnConfig:
-    """Where a conversation's messages stand in a row."""
+    """Where a row holds a conversation's messages."""
 
     enable: bool = key(False, "true: rows must hold a list of messages; false: decided by data.format")
     messages_key: str = key("messages", "column of the messages (`conversations` is recognised too)")
-    enable_thinking_key: str = key("enable_thinking", "optional column handed to the template as enable_thinking")
+    enable_thinking_key: str = key("enable_thinking", "optional column given to the template as enable_thinking")
 
 
 @dataclass
@@ -129,10 +129,7 @@ class DataConfig:
         "{choices}: if earlier turns get rewritten; auto: as inference does",
         choices=("auto", "as_rendered", "per_turn"),
     )
-    may_drop: list[str] = key(
-        [],
-        "what rows may give that the template does not print, e.g. [reasoning, tools]",
-    )
+    may_drop: list[str] = key([], "what rows may give that the template does not print, e.g. [reasoning, tools]")
     chat_template: str | None = key(
         None, "a Jinja file, its text, or `chatml`; null: the model's own. Saved with the model"
     )
@@ -245,9 +242,11 @@ class ModelConfig:
         on_resume="free",
     )
     compile: str = key(
-        "auto", "torch.compile on each block; auto: on CUDA for 1000 steps or more | true | false",
-        choices=("auto", "true", "false"), on_resume="free",
-    )  # fmt: skip
+        "auto",
+        "torch.compile on each block; auto: on CUDA for 1000 steps or more | true | false",
+        choices=("auto", "true", "false"),
+        on_resume="free",
+    )
     dtype: str = key(
         "auto",
         "{choices}: of the compute (auto: bfloat16 on CUDA, float32 on CPU)",
@@ -326,16 +325,13 @@ class TrainerConfig:
     async_save: bool = key(True, "training goes on while files are written", on_resume="free")
     max_shard_size: str = key("5GB", "of a safetensors file", on_resume="free", needs=EXPORT)
     verify_export: bool = key(
-        True,
-        "read each saved model again, one block at a time, and compare its losses",
-        on_resume="free",
-        needs=EXPORT,
+        True, "read each saved model again, one block at a time, and compare its losses", on_resume="free", needs=EXPORT
     )
     max_ckpt_to_keep: int | None = key(
         None, "older checkpoints are deleted (null or -1: none are)", low=1, on_resume="free"
     )
     keep_every: int | None = key(
-        None, "checkpoints at multiples of this step are kept for good", low=1, on_resume="free", needs=KEEP_SOME
+        None, "checkpoints at multiples of this step are never deleted", low=1, on_resume="free", needs=KEEP_SOME
     )
     best_metric: str | None = key(
         None,

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
         processes: 1 takes no pool.
 
     Raises:
-        DataError: a process was killed. Whatever ``function`` raises comes out as it is.
+        DataError: a process was killed. Whatever ``function`` raises is raised here.
     """
     if processes <= 1:
         yield from map(function, items)
@@ -54,17 +54,10 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ending = context.RawValue("b", 0)  # no lock: a process that was killed would keep it
     arguments = (function, os.getpid(), ending)
-    waiting: deque[Future[R]] = deque()
-    remaining = iter(items)
     with _ready_to_fork():
         pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=arguments)
         try:
-            for item in remaining:
-                waiting.append(pool.submit(_apply, item))
-                if len(waiting) > _ITEMS_AHEAD * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from in_order(pool, _apply, items, _ITEMS_AHEAD * processes)
             pool.shutdown(wait=True)
         except BrokenProcessPool as error:
             raise DataError(
@@ -76,11 +69,22 @@ def map_in_processes(function: Callable[[T], R], items: Iterable[T], processes: 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
+    """Results of a pool in the order of the items, of which at most ``most`` wait in it."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def _start(function: Callable[[Any], Any], parent: int, ending: Any) -> None:
     global _function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # the parent's handlers are none of ours
+        signal.signal(number, signal.SIG_DFL)  # not the parent's handlers
     # The parallelism is in the processes; threads of the tokenizers' own would not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.set_threshold(_YOUNG_OBJECTS)
@@ -89,7 +93,7 @@ def _start(function: Callable[[Any], Any], parent: int, ending: Any) -> None:
 
 
 def _follow(parent: int, ending: Any) -> None:
-    """End this process when nobody waits for its results: its parent died (it also holds its locks), or gave up."""
+    """End this process when no one needs its results: its parent died (whose locks it also holds), or gave up."""
     while os.getppid() == parent and not ending.value:
         time.sleep(_POLL_SECONDS)
     os._exit(1)

@@ -1,8 +1,7 @@
 """Trade time for memory: recompute activations in the backward pass, offload them to the host, tile the MLP.
 
-All of it wraps ``forward`` of existing modules and adds none. So parameter names do not change, and FSDP's hooks, which
-sit on the module's call, do not run a second time when a block is recomputed: this is why a forward is replaced here.
-Every mode computes the same numbers by the same kernels; gradients are bit-identical on CPU, except that tiles change
+It replaces ``forward`` of existing modules: parameter names do not change, and FSDP's hooks, which sit on the module's
+call, do not run again when a block is recomputed. Gradients are bit-identical on CPU in every mode; tiles alone change
 the shape, and so the rounding, of the MLP's products.
 
 What one block of T tokens keeps until its backward pass (D: hidden size, I: the MLP's width, Q and K: width of all
@@ -10,16 +9,13 @@ query heads and of all key or value heads):
 
     none         everything: inputs of each product, norm and activation, in float32 where a norm works in it
     selective    the block's input, T D; results of its products but the last, Q + 2 K + D + 2 I a token; attention's
-                 output, Q a token; what came by an exchange. Norms, rotary embedding, the MLP's activation and what
+                 output, Q a token; results of an all-to-all. Norms, rotary embedding, the MLP's activation and what
                  adapters add are recomputed, no other product, attention or exchange is
     full         the block's input, T D; the whole block is recomputed, but for its last product
     mlp_tiles    inputs of the block's children instead of the block's; with ``selective`` also what it keeps of
                  attention. Never more than one tile of the MLP's intermediates
 
-Inside a compiled unit no single operator can be seen. There, selective keeps what stands outside: attention's output
-and what came by an exchange. What the compiler has fused is recomputed as a whole.
-
-What selective keeps must be what the operator gave, whatever is done to its result later (see ``_Keep``).
+Inside a compiled unit, selective sees no operator: it keeps only results from outside it, of attention and all-to-alls.
 """
 
 from __future__ import annotations
@@ -178,11 +174,10 @@ class _Unit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Keep(_Unit):  # type: ignore[no-untyped-call]
     """The forward pass: keeps results of matrix products, attention kernels and exchanges between ranks.
 
-    A result is kept in the memory that the block goes on with. Whatever may write there is given that memory, and what
-    is kept moves to a copy first. What may write: an operator whose schema says so; an operator without a schema; and
-    code that torch does not see, such as a Triton kernel, for which no version counter moves. For a gradient to come
-    back through such code it must stand in an ``autograd.Function``, and inside this context the arguments of each
-    pass by here. What the unit returns is anybody's to write to, so it is not kept.
+    A kept result shares its memory with the block's computation. Before anything may write there, what is kept moves
+    to a copy. What may write: an operator whose schema says so, one without a schema, and code that torch does not see,
+    such as a Triton kernel. A gradient comes back through such code only by an ``autograd.Function``, whose arguments
+    this context sees. What the unit returns may be written to later, so it is not kept.
     """
 
     def __init__(self, results: _Results) -> None:
@@ -367,11 +362,9 @@ class _Offloaded:
 class HostOffload:
     """Offloads the inputs of checkpointed units to page-locked host memory between forward and backward.
 
-    Copies run on a stream of their own. Going out, at most two inputs are on the device: before the third is sent,
-    the compute stream waits for the first to have left. Coming back, the one needed next is fetched while the present
-    one is in use. The last unit's input stays, as it is needed at once. On CPU it makes plain copies.
-
-    Hooks on saved tensors reach exactly the inputs, for inside a checkpoint its own hooks take over.
+    Copies run on a stream of their own. In the forward pass at most two inputs are on the device; in the backward pass
+    the next one is fetched while one is in use. The last unit's input stays. On CPU it makes plain copies.
+    Hooks on saved tensors reach only the inputs, as inside a checkpoint its own hooks apply.
     """
 
     def __init__(self, units: int) -> None:

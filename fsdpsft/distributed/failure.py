@@ -25,8 +25,8 @@ def explain(error: Exception, *, rank: int, step: int, processes: int, timeout_s
         return RunFailed(f"[{place}] {type(error).__name__}: {text}", processes=processes, collateral=False)
     if _TIME_OUT.search(text) and not _PEER_GAVE_UP.search(text):
         message = (
-            f"waited {timeout_s} s (trainer.timeout) for the other processes in vain: one of them is stuck, or slower "
-            f"than that. See where with py-spy dump on each node; raise trainer.timeout if it is only slow. ({text})"
+            f"waited {timeout_s} s (trainer.timeout) for the other processes without an answer: one is stuck or slower."
+            f" See where with py-spy dump on each node; raise trainer.timeout if it is only slow. ({text})"
         )
     else:
         message = f"another process is gone; its own message, or torchrun's summary, tells why. ({text})"

@@ -11,8 +11,7 @@ Gathers of a step of m micro-batches through L blocks, where weights are freed a
     each other block                     2 m
 
 and without that (ZeRO-2) one a step for each; a unit in which nothing is trained, one in the whole run. Frozen weights
-of a block with adapters are gathered with the adapters, since the gradient that flows back through them needs them, but
-take no part in the reduction: only gradients that exist are reduced.
+of a block with adapters are gathered with them; only gradients that exist are reduced.
 """
 
 from __future__ import annotations
@@ -47,12 +46,7 @@ class Sharding:
     min_num_params: int = 0
 
 
-def shard_model(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    mesh: DeviceMesh,
-    how: Sharding,
-) -> list[FSDPModule]:
+def shard_model(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, how: Sharding) -> list[FSDPModule]:
     """Shard ``model`` in place: every block is a unit, all else (embeddings, last norm, head) belongs to the root.
 
     Args:
@@ -75,7 +69,7 @@ def shard_model(
             reshard = how.reshard_after_forward and block is not blocks[-1]
             fully_shard(
                 block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload_policy
-            )  # fmt: skip
+            )
     # Nor the root's, which the backward of the head needs.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload_policy)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -105,10 +99,10 @@ def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: 
 
     Args:
         model: the root module.
-        whole: what ``shard_model`` returned: whole at the end of a backward pass and at the beginning of the next
-            forward pass, so keeping them so in between costs no peak memory and saves gathering them again.
+        whole: what ``shard_model`` returned. These units are whole when a backward pass ends and when the next forward
+            pass begins; kept so in between, they need no second gather and no more peak memory.
         last: the step's last micro-batch.
-        sync: reduce gradients between processes; without it they pile up unsharded.
+        sync: reduce gradients between processes; without it they add up unsharded.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
@@ -119,7 +113,7 @@ def prepare_micro_batch(model: nn.Module, whole: Sequence[FSDPModule], *, last: 
 class MasterWeights:
     """Mixed precision for one process: what FSDP2's policy does, without its wrappers.
 
-    The module keeps its master weights; inside ``computing()`` their copies in the compute dtype stand in for them.
+    The module keeps its master weights; inside ``computing()`` their copies in the compute dtype are used instead.
     Each gradient of a copy is added to its master's, in the master's dtype, as soon as it exists. What has one in that
     dtype itself (the loss, of the head) hands it to the copy's ``take_gradient``, past autograd, which would round it.
     """

@@ -1,6 +1,6 @@
 """Processes and their places: the device, the backend, and the mesh ``(dp_replicate, dp_shard, sp)``.
 
-Rank ``r`` stands at ``r = (replica * dp_shard + shard) * sp + sp_rank``: the processes of one Ulysses group are
+Rank ``r`` is ``r = (replica * dp_shard + shard) * sp + sp_rank``: the processes of one Ulysses group are
 neighbours, so they share a node. Data parallel rank and size count replicas and shards together.
 """
 
@@ -43,7 +43,7 @@ def env_world_size() -> int:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands.
+    """This process's place among the others.
 
     Attributes:
         device: the device of this process.

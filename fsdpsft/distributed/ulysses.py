@@ -1,7 +1,7 @@
 """Ulysses sequence parallelism: each rank holds a slice of the tokens, and in attention all tokens of some heads.
 
-Around any attention function stand two all-to-alls (DeepSpeed-Ulysses, arXiv 2309.14509): one carries q, k and v
-together from "my tokens, all heads" to "all tokens, my heads", one carries the output back. Heads are dealt out so
+Two all-to-alls surround any attention function (DeepSpeed-Ulysses, arXiv 2309.14509): one sends q, k and v together
+from "my tokens, all heads" to "all tokens, my heads", one carries the output back. Heads are dealt out so
 that any number of them works; a key/value head is sent only to the ranks whose query heads use it. Document bounds are
 those of the whole batch on every rank, so no lengths are ever communicated.
 
@@ -11,9 +11,7 @@ Cost, a layer and forward pass: two collectives, in which rank r sends
     ``(T / P) * (P - 1) * H_r * E``                numbers in the second,
 
 where H_r and K_r are its query and key/value heads and S is the sum of K_r over the ranks (S = K where no kv head is
-shared). The backward pass has two more, each the opposite of one above: what was received is sent. For even heads a
-pass costs ``(T / P) * (2 H + 2 S) * E * (P - 1) / P`` a rank. Full activation checkpointing repeats the forward's
-exchanges, selective does not.
+shared). The backward pass has the opposite two. Full activation checkpointing repeats the forward's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Attention that keeps documents apart: one function registered with transformers, one context a micro-batch.
 
-The train step passes ``attention_context=AttentionContext(...)`` to the model's forward. The model passes its keyword
-arguments on to the attention function registered as ``IMPLEMENTATION``. That function calls ``context.attend``: a
-backend of ``attention_backends.py``, inside the Ulysses exchange where there is one. No global state is involved.
-
-No *mask* function is registered under our name, so transformers makes no mask. If there were one, even one that returns
-None, transformers would look for packed sequences in ``position_ids`` and wait for the device.
+The train step passes ``attention_context=AttentionContext(...)`` to the model's forward, which passes it on to the
+attention function registered as ``IMPLEMENTATION``. That calls ``context.attend``: a backend of
+``attention_backends.py``, inside the Ulysses exchange where there is one. No *mask* function is registered under our
+name: with one, transformers would look for packed sequences in ``position_ids`` and wait for the device.
 """
 
 from __future__ import annotations
@@ -164,10 +162,15 @@ def check_architecture(model: PreTrainedModel, *, packed: bool) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(f"{name} has use_bidirectional_attention set; only causal language models can be trained.")
     if not (_uses_attention_interface(model) or (kinds and kinds <= RECURRENT_LAYERS)):
-        raise ModelError(
-            f"{name} has its own attention code, outside transformers' attention interface, and would ignore document "
-            "bounds. Train a model of another family, or use a version of transformers that has moved it over."
-        )
+        raise own_attention_code(name)
+
+
+def own_attention_code(name: str) -> ModelError:
+    """The error for a model whose attention is not looked up in transformers' attention interface."""
+    return ModelError(
+        f"{name} has its own attention code, outside transformers' attention interface, and would ignore document "
+        "bounds. Train a model of another family, or use a version of transformers that has moved it over."
+    )
 
 
 def _uses_attention_interface(model: PreTrainedModel) -> bool:

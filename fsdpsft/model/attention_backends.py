@@ -1,9 +1,8 @@
 """The attention kernels, behind one signature, each with what it supports stated as data.
 
 Every backend is ``attend(q, k, v, spec, context)``: q [R, H, S, E], k and v [R, K, S, E], result [R, H, S, E], causal
-within each document of ``context``. Rows are laid end to end first, so packed (R = 1) and padded batches look the same
-to a kernel. ``sdpa`` is the reference and runs anywhere. ``choose_backend`` runs any other kernel once on the run's
-device and takes it only if its output and gradients are those of the reference.
+within each document of ``context``. Rows are laid end to end first. ``sdpa`` is the reference and runs anywhere;
+``choose_backend`` takes another only if its output and gradients, on the run's device, are those of the reference.
 
 No CUDA kernel has run in the tests: FlashAttention 2 and 3 follow their documented signatures; ``varlen`` is tested
 with CPU kernels registered for its operators; ``flex`` also runs on CPU, unfused.
@@ -233,9 +232,15 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> T
     length, window = q.shape[2], spec.sliding_window
     mask = None if window is None or length <= window else _band(length, window, q.device)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=spec.dropout, is_causal=mask is None, scale=spec.scaling,
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=spec.dropout,
+        is_causal=mask is None,
+        scale=spec.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    )
 
 
 @outside_graph  # a traced loop over documents would be compiled again for each batch
@@ -364,9 +369,13 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: A
     run: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
     flat = [_lay_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, T, E]
     output, more = run(
-        *flat, score_mod=capped if cap else None, scale=spec.scaling, enable_gqa=q.shape[1] != k.shape[1],
-        block_mask=_block_mask(context, spec.sliding_window, q.device), return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+        *flat,
+        score_mod=capped if cap else None,
+        scale=spec.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        block_mask=_block_mask(context, spec.sliding_window, q.device),
+        return_aux=AuxRequest(lse=True),
+    )
     if spec.sinks is not None:
         share = torch.sigmoid(more.lse - spec.sinks.to(more.lse.dtype)[:, None])  # [1, H, T], of the tokens
         output = (output * share[..., None]).to(output.dtype)

@@ -1,4 +1,4 @@
-"""What is done to a model's blocks leaves their gradients as they were: proven on the model at hand, at every start.
+"""What is done to a model's blocks leaves their gradients as they were: proven on the model itself, at every start.
 
 One block of each kind is run on a short batch of several documents before and after each change: kernels, compile,
 checkpointing with offload and tiles. Weights are still on meta then, so a block is lent made-up ones and gets its own
@@ -212,7 +212,7 @@ def _capture(
 ) -> None:
     """Note what the model's own forward calls each kind's block with, for this process's slice of the tokens.
 
-    Blocks hand on what they are given. Weights outside of them, embeddings above all, take no memory.
+    Blocks return their input. Weights outside of them, embeddings above all, take no memory.
     """
     rank, size = place
     length = batch.input_ids.shape[1] // size
@@ -259,12 +259,8 @@ def _lent_weights(
 ) -> Iterator[None]:
     """Let modules compute with made-up weights, and give them back their own.
 
-    Args:
-        modules: whose parameters are lent.
-        device: where they compute.
-        dtype: in what precision.
-        size: of the weights, 1 where a product keeps the size of what it is given.
-        real: with memory of their own; otherwise rows overlap, which is enough to be read.
+    With ``size`` 1 a product keeps the size of its input. Weights that are not ``real`` have rows that overlap in
+    memory, which is enough to read them.
     """
     own: list[tuple[dict[str, Any], str, Tensor]] = []
     lent: dict[int, Tensor] = {}

@@ -32,6 +32,10 @@ def flop_count(model: SFTModel) -> FlopCount:
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return FlopCount(
-        body=sum(n for n, trained in matrices if trained), frozen_body=sum(n for n, trained in matrices if not trained),
-        head=model.head.weight.numel(), layers=config.num_hidden_layers, heads=heads, head_size=head_size,
-    )  # fmt: skip
+        body=sum(n for n, trained in matrices if trained),
+        frozen_body=sum(n for n, trained in matrices if not trained),
+        head=model.head.weight.numel(),
+        layers=config.num_hidden_layers,
+        heads=heads,
+        head_size=head_size,
+    )

@@ -38,6 +38,7 @@ from fsdpsft.checkpoint.parameters import copy_own_part, hf_name, is_adapter, lo
 from fsdpsft.checkpoint.safetensors import TensorFiles, open_model_files
 from fsdpsft.errors import ModelError, and_more
 from fsdpsft.filesystem import read_object
+from fsdpsft.model.attention import own_attention_code
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,9 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 
 
 def resolve_model_path(name_or_path: str) -> Path:
-    """Turn ``model.partial_pretrain`` into a local folder: a folder as it is, a Hub id by downloading it.
+    """Turn ``model.partial_pretrain`` into a local folder: a folder unchanged, a Hub id by downloading it.
 
-    Every process may call this at once: the Hub's client locks each file of its cache, so one process of a node
-    downloads it and the others wait.
-
-    Args:
-        name_or_path: a local folder, or a Hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
+    All processes may call this: the Hub's client locks each file of its cache, so one of a node downloads it.
 
     Raises:
         ModelError: neither such a folder nor such a model on the Hub (or the Hub cannot be reached), or not a model.
@@ -141,7 +138,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 class _EmptyOnMeta(TorchFunctionMode):
     """Send ``torch.empty`` to the meta device and nothing else.
 
-    Modules allocate their weights with it; buffers are computed from ``arange`` and the like, and so come out real.
+    Modules allocate their weights with it; buffers are computed (from ``arange``, say), and so come out real.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,13 +163,21 @@ def build_meta_model(
         attn_implementation: a name registered in transformers' AttentionInterface.
         dtype: of the parameters (the master weights).
         trust_remote_code: allow code that comes with the model.
+
+    Raises:
+        ModelError: the model's code chooses its attention from a table of its own, which does not have the name.
     """
     config = deepcopy(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, **options)
+    try:
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except KeyError as error:
+        if attn_implementation is None or error.args != (attn_implementation,):
+            raise
+        raise own_attention_code(f"The architecture {config.model_type}") from error
     return _parameters_to_meta(model)
 
 
@@ -414,7 +419,10 @@ def _fill_converted(
         for name, value in converter.convert(conversion.target, model=reference, config=reference.config).items():
             whole = value[0] if isinstance(value, list) else value
             for tensor in targets.pop(name, ()):
-                if tensor.shape != whole.shape:
-                    shapes = f"{list(whole.shape)}, the model's is {list(tensor.shape)}"
-                    raise ModelError(f"{path}: {name} is {shapes}.")
+                _require_shape(path, name, whole.shape, tensor)
                 copy_own_part(tensor, whole)
+
+
+def _require_shape(path: Path, name: str, found: torch.Size, target: Tensor) -> None:
+    if target.shape != found:
+        raise ModelError(f"{path}: {name} is {list(found)}, the model's is {list(target.shape)}.")

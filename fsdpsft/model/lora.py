@@ -47,8 +47,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _ADAPTER = "default"  # peft's name for the only adapter
 _PREFIX = "base_model.model."  # of every name in peft's files
-_UNSUPPORTED = ("bias", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
-                "layers_to_transform")  # fmt: skip
+_UNSUPPORTED = (
+    "bias",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "layers_to_transform",
+)
 
 
 @dataclass(frozen=True)
@@ -336,7 +342,7 @@ def merged_state(causal_lm: PreTrainedModel, within: str = "") -> Iterator[tuple
 
     ``within`` is a module's name: only what lies in it.
 
-    Works as well without adapters. The model is left as it is. Merged weights are float32, others in their own dtype;
+    Works as well without adapters. The model does not change. Merged weights are float32, others in their own dtype;
     a tied tensor comes once, persistent buffers come last.
     """
     for name, parameter in causal_lm.named_parameters():

@@ -2,7 +2,7 @@
 
 Counted is what PyTorch's allocator must hold at the worst moment, the backward pass of the last micro-batch, for a
 decoder of standard blocks. Activations are counted product by product; fragmentation, NCCL's buffers and the CUDA
-context (1 to 2 GiB) come on top.
+context (1 to 2 GiB) are not counted.
 """
 
 from __future__ import annotations
@@ -48,12 +48,7 @@ def states(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of weights, gradients and optimiser on a device, and of those in host memory instead.
 
-    Args:
-        module: the model, on meta.
-        settings: the run's ``model`` section.
-        shards: processes over which weights are sharded.
-        compute: bytes of a number in the compute dtype.
-        moments: dtype of AdamW's moments.
+    ``module`` is on meta; ``compute`` are the bytes of a number in the compute dtype.
     """
     fsdp = settings.fsdp_config
     reduce = resolve_dtype(fsdp.reduce_dtype, torch.device("cpu")).itemsize
@@ -100,12 +95,7 @@ def _power_of_two(size: int) -> int:
 def activations(module: SFTModel, settings: ModelConfig, mode: str, tokens: int, compute: int) -> dict[str, float]:
     """Bytes of one micro-batch's activations on a device, of the logits that exist at one time, and of what they leave.
 
-    Args:
-        module: the model, on meta.
-        settings: the run's ``model`` section.
-        mode: ``none``, ``selective`` or ``full`` checkpointing.
-        tokens: of the micro-batch on this device.
-        compute: bytes of a number in the compute dtype.
+    ``tokens`` are those of the micro-batch on this device; for the rest see ``states``.
     """
     text = module.causal_lm.config.get_text_config()
     hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads

@@ -1,12 +1,10 @@
-"""What replaces a part of a model's own code, in one ordered list; each proven on the model at hand.
+"""What replaces a part of a model's own code, in one ordered list; each proven on the model that is trained.
 
 Nothing else replaces a ``forward``, but for what must wrap one: activation checkpointing and the compiler.
 
-Fused kernels read and write each activation once where the plain modules do so several times, and keep less for the
-backward. torch's ``rms_norm`` is one kernel forward and one backward on CUDA and rounds once where transformers'
-modules round twice. Liger has RMSNorm, rotary embedding and gated MLP; which parts it replaces in a family is its own
-knowledge, reached through its own patching function, and rotary embedding is replaced in the family's module, so for
-the whole process. Its cross-entropy variants stay off: head and loss are ours.
+Fused kernels read and write each activation once, and keep less for the backward. torch's ``rms_norm`` is one kernel on
+CUDA and rounds once where transformers' modules round twice. Liger's own function knows which parts of a family it can
+replace; it replaces rotary embedding in the family's module, so for the whole process. Its losses stay off.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def check_rope(causal_lm: PreTrainedModel, max_length: int | None) -> None:
                 raise ModelError(
                     f"{type(causal_lm).__name__}.{name} has rope_type={kind}: beyond {bound} tokens its frequencies "
                     "depend on the longest document of a batch, so documents would change each other. Set "
-                    f"data.max_length={bound} or less (it is {max_length}); data.truncation says what becomes of "
+                    f"data.max_length={bound} or less (it is {max_length}); data.truncation says what to do with "
                     "longer ones."
                 )
 

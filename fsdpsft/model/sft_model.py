@@ -61,9 +61,11 @@ class SFTModel(nn.Module):
     def hidden_states(self, batch: ModelInput) -> Tensor:
         """Final hidden states [R, S, D]."""
         output = self.causal_lm.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_context=batch.attention_context,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_context=batch.attention_context,
             use_cache=False,
-        )  # fmt: skip
+        )
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
@@ -72,10 +74,15 @@ class SFTModel(nn.Module):
         if batch.exchange is not None:
             hidden = batch.exchange(hidden)
         return cross_entropy_sum(
-            hidden, self.head.weight, self.head.bias, batch.targets, batch.loss_weights,
-            formula=self.head.formula, chunk_size=self.head_chunk_tokens,
+            hidden,
+            self.head.weight,
+            self.head.bias,
+            batch.targets,
+            batch.loss_weights,
+            formula=self.head.formula,
+            chunk_size=self.head_chunk_tokens,
             take_weight_gradient=taker(self.head.weight) if self.tied is None else self.tied.put,
-        )  # fmt: skip
+        )
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:

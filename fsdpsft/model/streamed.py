@@ -103,9 +103,8 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 def token_losses(folder: Path, input_ids: Tensor) -> Tensor:
     """Loss of each token of a text but the first, by transformers' own forward through the weights in ``folder``.
 
-    In float32, the weights read into it from whatever dtype the files have: rounding is then the trainer's alone, and
-    no default dtype, which training on another thread would see, is changed. Memory: four bytes a parameter of the
-    largest part (``parts_of``), and the text's activations.
+    In float32, so that rounding is the trainer's alone. No default dtype changes, as training on another thread would
+    see it. Memory: four bytes a parameter of the largest part (``parts_of``), and the text's activations.
 
     Args:
         folder: a Hugging Face model folder that asks for no remote code.

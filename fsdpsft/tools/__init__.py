@@ -1,1 +1,1 @@
-"""What stands beside training: check, plan, self-test, export, and what they print and draw."""
+"""The tools: check, plan, self-test, export, convert, and what they print and draw."""

@@ -96,7 +96,7 @@ def _page_path(name: str) -> Path:
 
 
 def check(config: Config, options: Options) -> Report:
-    """Examine the data of a run; goes on over all rows whatever it finds.
+    """Examine the data of a run; looks at all rows whatever it finds.
 
     Raises:
         UserError: there is nothing to examine: no files, no tokenizer, no usable template.

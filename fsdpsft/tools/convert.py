@@ -24,12 +24,13 @@ from fsdpsft.config.names import ALIASES, TRAINERS, Peer, find_peer, other_train
 from fsdpsft.config.schema import KEYS
 from fsdpsft.config.yaml_file import nested
 from fsdpsft.errors import ConfigError, UserError
+from fsdpsft.tools.tool_keys import run_file_tool
 
 USAGE = """usage: fsdpsft convert FILE [world_size=8] [to=run.yaml] [trainer=axolotl]
        fsdpsft convert FOLDER [world_size=8]
 
 Writes the settings of LLaMA-Factory, axolotl, TRL, verl or AlphaApollo as ours, with their keys beside them, and names
-what has no equivalent. Of a folder it tells how many files convert wholly, in part and not at all.
+what has no equivalent. Of a folder it says how many files convert wholly, in part and not at all.
 
   world_size=1     processes of that run: its global batch is rows of a process * accumulation * processes
   to=FILE          write here instead of to the terminal
@@ -49,7 +50,7 @@ class Conversion:
 
     Attributes:
         given: their keys by dotted name, over their trainer's defaults.
-        typed: the names that stand in the file.
+        typed: the names in the file.
         values, origins: our keys, and what each was made from.
         lost: lines on what their run has and ours would not.
         idle: lines on what nothing depends on; ``off``: keys that are null or switched off.
@@ -133,7 +134,7 @@ def _split(value: Any) -> Any:
 
 
 def _place(path: str, config: str | None, split: str | None) -> str:
-    """A data set on the Hub as ``owner/name:config:split``; a path as it is."""
+    """A data set on the Hub as ``owner/name:config:split``; a path unchanged."""
     if split and not re.fullmatch(r"[\w.]+", split):
         raise _NotCarried(f"{split} is a part of a split; write those rows to a file")
     return f"{path}:{config or ''}:{split}" if split not in (None, "train") else f"{path}:{config}" if config else path
@@ -199,10 +200,10 @@ def convert(content: Mapping[str, Any], world_size: int = 1, trainer: str | None
     Args:
         content: the keys of its YAML.
         world_size: processes of their run.
-        trainer: whose they are; None: told by the keys.
+        trainer: whose they are; None: recognised by the keys.
 
     Raises:
-        ConfigError: the keys are of no trainer known here, or a value is none that the trainer takes.
+        ConfigError: the keys are of no trainer known here, or a value is not one that the trainer takes.
     """
     flat = flatten(content)
     trainer = trainer or _trainer_of(flat)
@@ -232,7 +233,7 @@ def _carry(name: str, value: Any, c: Conversion) -> None:
         c.lost.append(f"{line} - {reason}")
         return
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{line} is no value that {TRAINERS[c.trainer]} takes ({error})") from error
+        raise ConfigError(f"{line} is not a value that {TRAINERS[c.trainer]} takes ({error})") from error
     typed = name in c.typed or name.startswith("datasets.")
     if not made and typed:
         if peer is None or value in _OFF:
@@ -285,7 +286,7 @@ def _finish(c: Conversion) -> None:
 
 
 def _faults(c: Conversion) -> list[str]:
-    """What ``load_config`` has against the outcome, each line beginning with the key to leave out."""
+    """Errors of ``load_config`` on the result, each line beginning with the key to leave out."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text(c, ""), encoding="utf-8")
@@ -367,7 +368,7 @@ def _convert_and_write(arguments: Sequence[str]) -> None:
         raise ConfigError(f"world_size={options['world_size']} must be a whole number of at least 1")
     known = [trainer for trainer in TRAINERS if "defaults" in other_trainers()[trainer]]
     if options["trainer"] not in ("", *known):
-        raise ConfigError(f"trainer={options['trainer']} is none of {', '.join(known)}")
+        raise ConfigError(f"trainer={options['trainer']} is not one of {', '.join(known)}")
     path, to, world_size = Path(paths[0]).expanduser(), Path(options["to"]).expanduser(), int(options["world_size"])
     if path.is_dir():
         sys.stdout.write(count(path, world_size))
@@ -384,13 +385,4 @@ def _convert_and_write(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``fsdpsft convert``: 0, or 1 after a mistake or where the file is for something else."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(USAGE)
-        return 0
-    try:
-        _convert_and_write(arguments)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    return run_file_tool(USAGE, _convert_and_write, arguments)

@@ -41,11 +41,12 @@ from fsdpsft.checkpoint.tensor_plan import (
     write_tensor_files,
 )
 from fsdpsft.config.load import parse_size
-from fsdpsft.errors import CheckpointError, ConfigError, UserError
+from fsdpsft.errors import CheckpointError, ConfigError
 from fsdpsft.filesystem import copy_file, fsync, fsync_tree, require_space, write_json
 from fsdpsft.model import lora
 from fsdpsft.model.load import WeightSource, build_meta_model, load_model_config
 from fsdpsft.model.streamed import Part, allocate_trained, parts_of, present
+from fsdpsft.tools.tool_keys import run_file_tool
 
 USAGE = """usage: python -m fsdpsft.export from=FOLDER to=FOLDER [dtype=…] [adapter=only|merged] [max_shard_size=5GB]
                                 [base=FOLDER] [trust_remote_code=false]
@@ -115,9 +116,7 @@ def state_reader(folder: Path, shapes: Mapping[str, Saved]) -> Read:
 def merging_reader(model: PreTrainedModel, source: WeightSource) -> Read:
     """Return a function that reads a tensor of the base and merges the adapter into it; one block is held at a time.
 
-    Args:
-        model: with adapters, which are in memory; all else is on meta.
-        source: of the base model.
+    The adapters of ``model`` are in memory; all else is on meta, and read from ``source``.
     """
     homes: dict[str, Part] = {}
     for part in parts_of(model):
@@ -298,15 +297,9 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(USAGE)
-        return 0
-    try:
-        written = export(parse(arguments))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(f"{written}\n")
-    return 0
+    return run_file_tool(USAGE, _export_and_show, arguments)
+
+
+def _export_and_show(arguments: Sequence[str]) -> None:
+    sys.stdout.write(f"{export(parse(arguments))}\n")

@@ -145,12 +145,8 @@ def show_sample(
 ) -> ShownSample:
     """Cut a sample into pieces to look at, beginning shortly before the first trained token.
 
-    Args:
-        sample: the tokens and their loss weights.
-        where: file and row.
-        decode: ids to text, special tokens included.
-        special: id -> text of the special tokens.
-        most: tokens to show; of a longer sample, so many of its beginning and its end together.
+    ``special`` holds the text of special tokens by id. Of a sample longer than ``most`` tokens, its beginning and end
+    are shown.
     """
     ids, weights = sample.input_ids.tolist(), sample.loss_weights.tolist()
     weights[0] = 0.0  # nothing comes before it that could predict it

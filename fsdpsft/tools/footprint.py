@@ -10,20 +10,15 @@ from torch import nn
 
 from fsdpsft.checkpoint.pieces import pinned_bytes
 from fsdpsft.config.schema import Config
-from fsdpsft.metrics import PEAK_FLOPS
+from fsdpsft.metrics import GPUS
 from fsdpsft.model.flops import flop_count
 from fsdpsft.model.memory import USABLE, Work, activations, choose_checkpointing, local_bytes, states
-from fsdpsft.model.sft_model import SFTModel, resolve_dtype
+from fsdpsft.model.sft_model import SFTModel, count_parameters, resolve_dtype
 from fsdpsft.parallelize import adapted_model
 from fsdpsft.prepare import TrainingData
 from fsdpsft.tools.run_plan import RunPlan
 
 GIB = 2**30
-MEMORY_GIB = {
-    "B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "H20": 96, "A100": 80, "A800": 80, "L40S": 48,
-    "L4": 24, "A10": 24, "4090": 24, "MI300X": 192,
-}  # fmt: skip
-"""Of the devices in ``metrics.PEAK_FLOPS``, the larger variant where there are several."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Footprint:
 
 
 def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gpu: str, mfu: float) -> Footprint:
-    """Estimate a run on ``gpus`` devices of a kind in ``metrics.PEAK_FLOPS``.
+    """Estimate a run on ``gpus`` devices of a kind in ``metrics.GPUS``.
 
     Raises:
         ModelError: a model that cannot be built.
@@ -62,6 +57,7 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
     compute = torch.bfloat16 if m.dtype == "auto" else resolve_dtype(m.dtype, torch.device("cpu"))
     module = SFTModel(adapted_model(data.model_path, m, compute), m.head_chunk_tokens)
     moments, shards = resolve_dtype(config.optim.state_dtype, torch.device("cpu")), gpus // m.fsdp_config.replicate_size
+    teraflops, gib = GPUS[gpu]
     memory, host = states(module, m, shards, compute.itemsize, moments)
     if config.trainer.async_save:
         staged = _staged(module.parameters(), shards, moments, config)
@@ -69,14 +65,13 @@ def estimate(config: Config, data: TrainingData, plan: RunPlan, *, gpus: int, gp
     mode = m.enable_gradient_checkpointing
     if mode == "auto":
         work = Work(token_budget=config.data.token_budget, moments=moments)
-        mode = choose_checkpointing(module, m, work, shards, compute.itemsize, USABLE["cuda"] * MEMORY_GIB[gpu] * GIB)
+        mode = choose_checkpointing(module, m, work, shards, compute.itemsize, USABLE["cuda"] * gib * GIB)
     memory |= activations(module, m, mode, config.data.token_budget, compute.itemsize)
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    parameters, trained = count_parameters(module)
     flops = flop_count(module)(plan.tokens, plan.trained_tokens, plan.squared_lengths)
     return Footprint(
-        gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), mode, memory, host, flops, gpu, mfu,
-        flops / (gpus * PEAK_FLOPS[gpu] * mfu),
-    )  # fmt: skip
+        gpus, parameters, trained, mode, memory, host, flops, gpu, mfu, seconds=flops / (gpus * teraflops * 1e12 * mfu)
+    )
 
 
 def _staged(parameters: Iterable[nn.Parameter], shards: int, moments: torch.dtype, config: Config) -> Iterator[int]:

@@ -11,25 +11,19 @@ from dataclasses import dataclass
 
 from fsdpsft.config.schema import Config
 from fsdpsft.errors import ConfigError
-from fsdpsft.metrics import PEAK_FLOPS
+from fsdpsft.metrics import GPUS
 from fsdpsft.prepare import prepare_data
 from fsdpsft.tools.facts import length_histogram, source_facts
 from fsdpsft.tools.footprint import Footprint, estimate
-from fsdpsft.tools.report import (
-    footprint_section,
-    lengths_section,
-    plan_section,
-    rate_section,
-    sources_section,
-)
+from fsdpsft.tools.report import footprint_section, lengths_section, plan_section, rate_section, sources_section
 from fsdpsft.tools.run_plan import RunPlan, plan_run
 from fsdpsft.tools.terminal import Style, section_text
 from fsdpsft.tools.tool_keys import run_tool, whole_number
 
-USAGE = f"""python -m fsdpsft.plan tells what a run will do; it takes the keys of fsdpsft.train and:
+USAGE = f"""python -m fsdpsft.plan shows what a run will do; it takes the keys of fsdpsft.train and:
 
   plan.world_size=8           GPUs, all nodes together
-  plan.gpu=H100               their kind: {", ".join(PEAK_FLOPS)}
+  plan.gpu=H100               their kind: {", ".join(GPUS)}
   plan.mfu=0.4                share of their bfloat16 peak to count on
 
 """
@@ -53,8 +47,8 @@ class Options:
         given = {"world_size": str(cls.world_size), "gpu": cls.gpu, "mfu": str(cls.mfu), **values}
         world_size = whole_number("plan.world_size", given["world_size"], least=1)
         gpu, share = given["gpu"], given["mfu"]
-        if gpu not in PEAK_FLOPS:
-            raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(PEAK_FLOPS)}")
+        if gpu not in GPUS:
+            raise ConfigError(f"plan.gpu={gpu} is not one of {', '.join(GPUS)}")
         try:
             mfu = float(share)
         except ValueError as error:

@@ -120,7 +120,7 @@ class Proof:
         rows: rows looked at.
         available: rows there are; None where unknown.
         turns: trained turns proven.
-        finished_tokens: rows that came as token ids, whose mask is taken at its word.
+        finished_tokens: rows that came as token ids, whose mask is not checked.
         failed_rows: rows with at least one error.
         seconds, processes: what it took.
     """
@@ -205,11 +205,8 @@ def _unusable(part: Part, row: Row, samples: Sequence[Encoded]) -> RowError | No
 def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, processes: int) -> Proof:
     """Prove the masks of all rows, or of ``limit`` rows at equal distances.
 
-    Args:
-        parts: the sources.
-        limit: most rows to prove; None for all.
-        available: rows of all sources together, where known; without it, a limit takes the first rows.
-        processes: workers; with 1, or few rows, the work is done here.
+    ``available`` are the rows of all sources together; where not known, a limit takes the first rows. With one process,
+    or few rows, the work is done here.
 
     Raises:
         DataError: a worker was killed.
@@ -235,7 +232,7 @@ def prove(parts: Sequence[Part], *, limit: int | None, available: int | None, pr
 
 
 def _all_rows(parts: Sequence[Part], proof: Proof) -> Iterator[tuple[int, Row]]:
-    """(part, row) of every readable row; what cannot be read becomes a finding, and reading goes on with the next."""
+    """(part, row) of every readable row; what cannot be read becomes a finding, and the next is read."""
     for number, file in ((number, file) for number, part in enumerate(parts) for file in part.source.files):
         skip = parts[number].skips_bad_rows
 

@@ -167,7 +167,7 @@ class Report:
 
 
 def claims(proof: Proof) -> list[Claim]:
-    """What is to be proven, and what came of it."""
+    """Each claim and its outcome."""
     return [Claim(text, proof.errors.get(name), _limits(proof, name)) for name, text in CLAIMS.items()]
 
 
@@ -291,7 +291,7 @@ def footprint_section(footprint: Footprint) -> Section:
         f"{f.flops:.3g} FLOPs in all: {pretty_time(f.seconds)} on {f.gpus} x {f.gpu} at {100 * f.mfu:g} % of their "
         "bfloat16 peak",
     ]
-    note = "Counted from config.json for standard blocks; CUDA's context, NCCL and fragmentation come on top."
+    note = "Counted from config.json for standard blocks; CUDA's context, NCCL and fragmentation are not counted."
     return Section(f"On {f.gpus} x {f.gpu}", text, table, [note])
 
 

@@ -87,10 +87,7 @@ class RunPlan:
 def plan_run(config: Config, data: TrainingData, gpus: Sequence[int] = ()) -> RunPlan:
     """Plan the run of ``config``.
 
-    Args:
-        config: the settings.
-        data: the tokenised data.
-        gpus: numbers of processes to measure the balance for, besides ``VIRTUAL_RANKS``.
+    ``gpus`` are numbers of processes to measure the balance for, besides ``VIRTUAL_RANKS``.
 
     Raises:
         DataError: a sample does not fit into the token budget.

@@ -3,10 +3,8 @@
     python -m fsdpsft.selftest model.partial_pretrain=path/to/model <other keys of the training> selftest.layers=2
 
 One optimiser step's loss and gradients are computed in each of the trainer's ways and compared with plain
-transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers.
-What every start of a run proves of its blocks' gradients (``block_proof.py``) is proven here too; what it finds stands
-in the row of the way that it spoils.
-Without ``data.train_files`` the documents are random tokens.
+transformers: its own class, attention and full logits, one document at a time. The model is cut to its first layers;
+without ``data.train_files`` the documents are random tokens.
 """
 
 from __future__ import annotations
@@ -84,14 +82,10 @@ def check_isolation(subject: Subject, reference: Outcome) -> float:
     _needs_packing(subject)
     settings = replace(subject.own, lora_rank=0, lora_adapter_path=None)
     model = build(subject, settings, init_mesh(subject.device), packed=True)
-    base = model.module.eval().causal_lm.base_model
 
     def states(input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
         with model.computing():
-            output = base(
-                input_ids=input_ids, position_ids=position_ids, attention_context=context, use_cache=False
-            )  # fmt: skip
-        return output.last_hidden_state.float()  # type: ignore[no-any-return]
+            return _hidden_states(model, input_ids, position_ids, context).float()
 
     vocabulary = model.module.head.weight.shape[0]
     return isolation_probe(states, model.attend, vocab_size=vocabulary, device=subject.device)
@@ -173,6 +167,12 @@ def check_export(subject: Subject, reference: Outcome) -> float:
     return _relative(_logits_of(again, subject), _own_logits(model, subject))
 
 
+def _hidden_states(model: ParallelModel, ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    base = model.module.eval().causal_lm.base_model
+    output = base(input_ids=ids, position_ids=positions, attention_context=context, use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
 def _needs_packing(subject: Subject) -> None:
     if not subject.packed:
         raise Skip("use_remove_padding=false")
@@ -194,11 +194,9 @@ def _own_logits(model: ParallelModel, subject: Subject) -> Tensor:
     ids = _longest(subject)
     length = ids.shape[1]
     bounds = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
-    hidden = model.module.eval().causal_lm.base_model(
-        input_ids=ids, position_ids=torch.arange(length, device=ids.device)[None], use_cache=False,
-        attention_context=AttentionContext(bounds, (length,), length, model.attend),
-    ).last_hidden_state  # fmt: skip
-    return model.module.head.logits(hidden)
+    positions = torch.arange(length, device=ids.device)[None]
+    context = AttentionContext(bounds, (length,), length, model.attend)
+    return model.module.head.logits(_hidden_states(model, ids, positions, context))
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -243,7 +241,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What a check came to; ``difference`` is None where it was skipped or ended in an error, for ``note``'s reason."""
+    """The outcome of a check; ``difference`` is None where ``note`` says why it was skipped or failed."""
 
     title: str
     difference: float | None
@@ -267,7 +265,7 @@ class Row:
 
 
 def run_check(check: Check, subject: Subject, reference: Outcome) -> Row:
-    """Run one check; whatever ends it is told in its row."""
+    """Run one check; whatever ends it is shown in its row."""
     where = ""
     if check.processes > 1 and subject.device.type == "cuda" and not enough_gpus(subject, check.processes):
         where = f"(on CPU: {torch.cuda.device_count()} GPU here)"
@@ -317,8 +315,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any("data.train_files=" in argument or argument.startswith("--config-") for argument in arguments):
         arguments = [*arguments, "data.train_files=null"]
-    return run_tool("selftest", USAGE, Options, _all_hold, arguments)
-
-
-def _all_hold(config: Config, options: Options) -> bool:
-    return all(row.holds for row in selftest(config, options))
+    return run_tool(
+        "selftest", USAGE, Options, lambda config, options: all(r.holds for r in selftest(config, options)), arguments
+    )

@@ -187,10 +187,18 @@ def write_cut_model(source: Path, folder: Path, settings: ModelConfig, layers: i
 def _plainest(settings: ModelConfig) -> ModelConfig:
     fsdp = replace(settings.fsdp_config, model_dtype="float32", reduce_dtype="float32", offload_params=False)
     return replace(
-        settings, fsdp_config=fsdp, dtype="float32", attn_implementation="sdpa", enable_gradient_checkpointing="none",
-        activation_offload=False, mlp_tiles=1, use_liger=False, compile="false", lora_rank=0,
+        settings,
+        fsdp_config=fsdp,
+        dtype="float32",
+        attn_implementation="sdpa",
+        enable_gradient_checkpointing="none",
+        activation_offload=False,
+        mlp_tiles=1,
+        use_liger=False,
+        compile="false",
+        lora_rank=0,
         lora_adapter_path=None,
-    )  # fmt: skip
+    )
 
 
 def random_documents(options: Options, vocabulary: int) -> Documents:
@@ -207,7 +215,7 @@ def random_documents(options: Options, vocabulary: int) -> Documents:
 
 
 def _given_documents(config: Config, options: Options) -> Documents:
-    """The first samples of the training data, cut to the length wished for."""
+    """The first samples of the training data, cut to ``selftest.length``."""
     store = prepare_data(replace(config, data=replace(config.data, train_batch_size=1, val_files=None))).train
     samples: list[Sample] = []
     for index in range(min(len(store), 50 * options.documents)):
@@ -227,9 +235,11 @@ def _given_documents(config: Config, options: Options) -> Documents:
 def plain_model(subject: Subject, folder: Path | None = None) -> PreTrainedModel:
     """What transformers makes of a folder, in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder or subject.folder, dtype=torch.float32, attn_implementation="eager",
+        folder or subject.folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
         trust_remote_code=subject.own.trust_remote_code,
-    )  # fmt: skip
+    )
     return model.to(subject.device).train()
 
 
@@ -258,9 +268,14 @@ def build(subject: Subject, settings: ModelConfig, mesh: Mesh, *, packed: bool) 
 
 
 def outcome(
-    subject: Subject, settings: ModelConfig, device: torch.device | str, *, sp_size: int = 1,
-    padded: bool | None = None, budget: int | None = None,
-) -> Outcome:  # fmt: skip
+    subject: Subject,
+    settings: ModelConfig,
+    device: torch.device | str,
+    *,
+    sp_size: int = 1,
+    padded: bool | None = None,
+    budget: int | None = None,
+) -> Outcome:
     """The trainer's way: its loader, its model, its step, in this process and those it has been started with."""
     padded = not subject.packed if padded is None else padded
     offload = settings.fsdp_config.offload_params

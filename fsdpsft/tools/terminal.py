@@ -119,13 +119,13 @@ def proof_text(proof: Proof, style: Style) -> str:
     marks = {"holds": style.good("✓"), "limited": "·", "broken": style.bad("✗")}
     lines = []
     for claim in claims(proof):
-        extent = f"not so in {claim.broken.extent}" if claim.broken else claim.limits
+        extent = f"fails in {claim.broken.extent}" if claim.broken else claim.limits
         lines.append(f"  {marks[claim.state]} {claim.text}" + (f": {extent}" if extent else ""))
         lines += _named(claim.broken, style) if claim.broken else []
     for name, text, group in notes(proof):
         lines += [f"  · {text}", *(_named(group, style) if name == "skipped" else [])]
     if proof.finished_tokens:
-        lines.append(f"  · {number(proof.finished_tokens)} rows came as token ids; their mask is taken at its word")
+        lines.append(f"  · {number(proof.finished_tokens)} rows came as token ids; their mask is not checked")
     return _heading("Proof", style) + "\n".join([*lines, style.faint(f"  {effort(proof)}")]) + "\n"
 
 

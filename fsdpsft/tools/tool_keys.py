@@ -29,11 +29,11 @@ Own = TypeVar("Own", bound=ToolOptions)
 def run_tool(
     tool: str, usage: str, options: type[Own], command: Callable[[Config, Own], object], arguments: Sequence[str] | None
 ) -> int:
-    """Part the tool's own keys from the training's, and run ``command`` on both.
+    """Separate the tool's own keys from the training's, and run ``command`` on both.
 
     Args:
         tool: its name, as in ``fsdpsft.{tool}`` and ``{tool}.key=value``.
-        usage: told before the training's keys when help is asked for.
+        usage: printed before the training's keys when help is asked for.
         options: what the tool's keys are read into.
         command: what the tool does; it returns False where something does not hold.
         arguments: the command line; None for this process's own.
@@ -55,11 +55,22 @@ def run_tool(
     return failed or int(any(result is False for result in results))
 
 
-def take_keys(arguments: Sequence[str], tool: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Part ``tool.key=value`` from the other arguments; a leading ``+`` is accepted.
+def run_file_tool(usage: str, act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
+    """Run a tool that takes no keys of a training: 0, or 1 after a user's mistake, whose message is written."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(usage)
+        return 0
+    try:
+        act(arguments)
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
 
-    Returns:
-        The tool's values by key, as text, and the other arguments.
+
+def take_keys(arguments: Sequence[str], tool: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of ``tool.key=value`` arguments (a leading ``+`` is accepted) by key, and the other arguments.
 
     Raises:
         ConfigError: a key that the tool does not have, or one without a value.

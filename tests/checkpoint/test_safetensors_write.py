@@ -7,13 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdpsft.checkpoint.pieces import Box, Exchange, Peers, Piece, Request, piece_of, rows_of
-from fsdpsft.checkpoint.safetensors import (
-    DTYPE_NAMES,
-    TensorFileWriter,
-    TensorSpec,
-    dtype_named,
-    prove_tensor_file,
-)
+from fsdpsft.checkpoint.safetensors import DTYPE_NAMES, TensorFileWriter, TensorSpec, dtype_named, prove_tensor_file
 from fsdpsft.checkpoint.tensor_plan import Unit, split_into_files, write_tensor_files
 from fsdpsft.errors import CheckpointError
 from fsdpsft.filesystem import record_of

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsdpsft.checkpoint.state import (
-    allocate_optimizer_state,
-    capture_rng,
-    optimizer_tensors,
-    restore_rng,
-)
+from fsdpsft.checkpoint.state import allocate_optimizer_state, capture_rng, optimizer_tensors, restore_rng
 from fsdpsft.errors import CheckpointError
 
 

@@ -29,16 +29,7 @@ from fsdpsft.errors import CheckpointError
 from fsdpsft.signals import EXIT_REQUEUE, Stopped
 from fsdpsft.testing import free_port, run_distributed
 from fsdpsft.train import main
-from tests.e2e.killing import (
-    STEPS_PER_EPOCH,
-    Moment,
-    command,
-    curve,
-    differences,
-    make_inputs,
-    run_and_kill,
-    weights,
-)
+from tests.e2e.killing import STEPS_PER_EPOCH, Moment, command, curve, differences, make_inputs, run_and_kill, weights
 
 STEPS = 2 * STEPS_PER_EPOCH
 SYNCHRONOUS = ["trainer.async_save=false"]

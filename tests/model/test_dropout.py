@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fsdpsft.model.dropout import active_dropout, remark
 from fsdpsft.model.lora import LoraSettings, apply_lora
+from fsdpsft.model.remarks import active_dropout, remarks
 from fsdpsft.testing import tiny_model
 
 
@@ -17,7 +17,6 @@ def test_dropout_is_found_wherever_it_is() -> None:
 
 
 def test_a_model_that_drops_says_so() -> None:
-    assert remark(tiny_model("llama")) is None
-    said = remark(tiny_model("llama", attention_dropout=0.25))
-    assert said is not None
+    assert remarks(tiny_model("llama")) == []
+    (said,) = remarks(tiny_model("llama", attention_dropout=0.25))
     assert said.startswith("dropout is on (attention_dropout=0.25): losses depend on the random draws")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsdpsft.model.experts import remarks
+from fsdpsft.model.remarks import remarks
 from fsdpsft.testing import tiny_model
 
 MIXTURES = {
@@ -23,15 +23,15 @@ def test_own_loss_has_no_extra_term_unless_asked_for(family: str) -> None:
         plain = model(input_ids=ids, labels=ids)
         tokens = torch.nn.functional.cross_entropy(plain.logits[0, :-1].float(), ids[0, 1:])
         torch.testing.assert_close(plain.loss, tokens)
-        assert remarks(model.config) == []
+        assert remarks(model) == []
         model.config.output_router_logits = True
         assert float(model(input_ids=ids, labels=ids).loss - tokens) > 1e-4
-    assert "not added here" in remarks(model.config)[0]
+    assert "not added here" in remarks(model)[0]
 
 
 def test_random_routing_is_said() -> None:
-    config = tiny_model("mixtral", **MIXTURES["mixtral"], router_jitter_noise=0.01).config
-    assert remarks(config) == [
+    model = tiny_model("mixtral", **MIXTURES["mixtral"], router_jitter_noise=0.01)
+    assert remarks(model) == [
         "config.json sets {'router_jitter_noise': 0.01}: the router draws random numbers in training, so losses differ "
         "slightly with the number of processes."
     ]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 
 from fsdpsft.checkpoint.parameters import full, tied_groups
 from fsdpsft.errors import ModelError
 from fsdpsft.model import load as load_module
+from fsdpsft.model.attention import IMPLEMENTATION
 from fsdpsft.model.load import build_meta_model, load_model_config, load_tokenizer, load_weights, resolve_model_path
 from fsdpsft.testing import run_distributed, save_tiny_model, tiny_model
 
@@ -255,3 +256,11 @@ def test_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer: none of tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_an_architecture_with_its_own_table_of_attentions_is_refused_by_name(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    config = CONFIG_MAPPING["gptj"](vocab_size=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"gptj has its own attention code.*another family"):
+        build_meta_model(load_model_config(folder), attn_implementation=IMPLEMENTATION)

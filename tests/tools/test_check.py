@@ -104,7 +104,7 @@ def test_a_stop_token_that_does_not_end_generation_fails_every_row(run, tmp_path
     (wrong / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0}))
     code, out, _ = run(write(tmp_path / "a.jsonl", good(5)), model=wrong)
     assert code == 1
-    assert f"✗ {CLAIMS['stop_not_in_eos']}: not so in 5 rows" in out
+    assert f"✗ {CLAIMS['stop_not_in_eos']}: fails in 5 rows" in out
     assert "a.jsonl: rows 0-4" in out
     assert "message 1: the turn ends with '<|im_end|>' (id 2), but generation stops at [0]" in out
     assert "(and 4 more like it)" in out
@@ -125,7 +125,7 @@ def test_a_wrong_template_fails_every_row(run, tmp_path: Path, template: str, re
     page = tmp_path / "page.html"
     code, out, _ = run(write(tmp_path / "a.jsonl", good(4)), f"data.chat_template={file}", f"check.html={page}")
     assert code == 1
-    assert f"✗ {CLAIMS['refused']}: not so in 4 rows" in out
+    assert f"✗ {CLAIMS['refused']}: fails in 4 rows" in out
     assert "a.jsonl: rows 0-3" in out
     assert reason in out
     assert "4 of 4 rows fail and training would not start." in out
@@ -156,7 +156,7 @@ def test_bad_rows_are_all_named_and_the_rest_is_still_proven(run, tmp_path: Path
     file = write(tmp_path / "a.jsonl", rows)
     code, out, _ = run(file, "data.max_length=300", "data.truncation=error")
     assert code == 1
-    assert f"✗ {CLAIMS['refused']}: not so in 4 rows" in out
+    assert f"✗ {CLAIMS['refused']}: fails in 4 rows" in out
     assert "rows 2, 5-6, 9\n" in out
     assert "row 2 (line 3): broken JSON" in out
     assert "12 rows (all of them), 8 replies" in out
@@ -337,7 +337,7 @@ def test_rows_of_token_ids_are_counted_apart(run, tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7, 2], "loss_mask": [0, 0, 1, 1]}] * 4
     code, out, _ = run(write(tmp_path / "a.jsonl", rows))
     assert code == 0
-    assert "4 rows came as token ids; their mask is taken at its word" in out
+    assert "4 rows came as token ids; their mask is not checked" in out
     assert "All 4 rows can be trained on; 4 came as token ids, with a mask of their own." in out
 
 

@@ -248,8 +248,8 @@ def test_what_is_switched_off_is_no_loss(off: str) -> None:
         (AXOLOTL + "adapter: qlora", "no QLoRA"),
         (AXOLOTL + "rl: dpo", "preference learning"),
         (VERL + "actor_rollout_ref: {actor: {ppo_epochs: 1}}", "reinforcement learning"),
-        (TRL + "warmup_steps: [1]", r"warmup_steps: \[1\] is no value that TRL takes"),
-        (TRL + "datasets: 5", "datasets: 5 is no value that TRL takes"),
+        (TRL + "warmup_steps: [1]", r"warmup_steps: \[1\] is not a value that TRL takes"),
+        (TRL + "datasets: 5", "datasets: 5 is not a value that TRL takes"),
         ("colour: blue", "trainer=NAME says whose they are"),
         ("tokenizer: {_component_: a.b}\nmodel: {_component_: c.d}", "torchtune's recipes"),
     ],
@@ -268,7 +268,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(theirs), f"to={ours}"], "exists"),
         ([str(theirs), "world_size=none"], "world_size=none must be"),
-        ([str(theirs), "trainer=torchtune"], "is none of trl, llamafactory"),
+        ([str(theirs), "trainer=torchtune"], "is not one of trl, llamafactory"),
         ([str(theirs), "more.yaml"], "one file or folder"),
         ([str(tmp_path / "none.yaml")], "cannot read"),
     ):

@@ -5,9 +5,8 @@ There is no state. Step k is computed from the seed and k, so resuming is starti
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 
 from fsdpsft.batch import PackedBatch, Sample, pack
 from fsdpsft.data.batches.packing import Assignment, Order, assign_step, too_long
-from fsdpsft.errors import ConfigError, DataError
+from fsdpsft.data.workers import in_order
+from fsdpsft.errors import ConfigError, DataError, and_more
 
 STEPS_AHEAD = 2
 """Steps built in the background before they are asked for."""
-
-_NAMED_ROWS = 8
 
 
 class SampleStore(Protocol):
@@ -211,10 +209,9 @@ class Loader:
         return counts
 
     def _nothing_trained(self, index: int, rows: NDArray[np.int64]) -> DataError:
-        names = [self.store.describe(row) for row in rows[:_NAMED_ROWS].tolist()]
-        more = f" and {len(rows) - len(names)} more" if len(rows) > len(names) else ""
+        named = and_more([self.store.describe(row) for row in rows.tolist()], join="; ")
         return DataError(
-            f"No token of step {index} is trained: {'; '.join(names)}{more}. Take these rows out, or raise "
+            f"No token of step {index} is trained: {named}. Take these rows out, or raise "
             f"data.train_batch_size or data.max_length, so that each step has a token to learn."
         )
 
@@ -226,14 +223,8 @@ class Loader:
         stop = len(self) if stop is None else stop
         device = torch.cuda.current_device() if self.settings.pin_memory else None
         pool = ThreadPoolExecutor(1, "fsdpsft-loader", initializer=_use_device, initargs=(device,))
-        waiting: deque[Future[Step]] = deque()
         try:
-            for index in range(start, stop):
-                waiting.append(pool.submit(self.step, index))
-                if len(waiting) > STEPS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from in_order(pool, self.step, range(start, stop), STEPS_AHEAD)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -187,9 +187,9 @@ def assign_step(
     Args:
         lengths: [B] tokens of each document.
         dp_size: ranks that see different data.
-        token_budget: hard cap on a micro-batch's tokens, filler included (rows times the longest when ``padded``).
-        max_rows: cap on a micro-batch's documents; None for no cap.
-        balance: False keeps the documents in their order and only fills micro-batches one after another.
+        token_budget: most tokens of a micro-batch, filler included.
+        max_rows: most documents of a micro-batch.
+        balance: False fills micro-batches in the order of the documents.
         padded: micro-batches are rectangles of rows as long as the longest.
         pad_to_multiple: filler brings the flat length (of each row when ``padded``) to a multiple of this.
         attention_cost: see ``costs_of``.
@@ -347,7 +347,6 @@ class Balance:
 
     Attributes:
         tokens: most tokens of a rank over the mean.
-        attention: most sum(len^2) of a rank over the mean.
         cost: most cost (see ``costs_of``) of a rank over the mean.
         lockstep: time with all ranks waiting for the slowest at every micro-batch, over the time without waiting.
         micro_batches: micro-batches of each rank.
@@ -355,7 +354,6 @@ class Balance:
     """
 
     tokens: float
-    attention: float
     cost: float
     lockstep: float
     micro_batches: int
@@ -379,7 +377,6 @@ def measure(
     tokens, work = table(sizes.astype(np.float64)), table(costs)
     return Balance(
         tokens=worst(sizes.astype(np.float64)),
-        attention=worst(sizes.astype(np.float64) ** 2),
         cost=worst(costs),
         lockstep=float(work.max(axis=0).sum() / work.mean(axis=0).sum()),
         micro_batches=len(assignment[0]),

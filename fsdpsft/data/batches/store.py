@@ -104,9 +104,7 @@ class TokenStore:
     def open(cls, path: str | Path, every_byte: bool = False) -> TokenStore:
         """Map a finished store; costs nearly the same for any number of samples.
 
-        Args:
-            path: folder of the store.
-            every_byte: compare the hashes of large arrays, too, which reads all of them.
+        ``every_byte`` compares the hashes of large arrays, too.
 
         Raises:
             DataError: the folder is no store, is not as it was written, or comes from another version.
@@ -129,7 +127,7 @@ class TokenStore:
 
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
-    """Lay samples, one at least, out as arrays; run_counts stand for offsets, and a sample's row is its row number."""
+    """Samples (one at least) as a store's arrays, with run_counts instead of offsets."""
     lengths = np.array([len(sample.input_ids) for sample in samples], COLUMNS["lengths"])
     weights = np.concatenate([sample.loss_weights for sample in samples]).astype(np.float32)
     owner = np.repeat(np.arange(len(samples)), lengths)

@@ -1,11 +1,8 @@
 """Tokenise once: sources to a token store, in parallel processes, before any process group exists.
 
-The shards of all sources are handed to building processes, each of which writes part files; the parts are then joined
-in the order of the shards, so that the store does not depend on the number of processes. It is built in a folder of
-its own, fsynced, and renamed to its place at the very end: what is at that place is whole.
-
-A store's key is the content of the files, the encoder (tokenizer, template, mask code, options) and this layout's
-version. When any of it changes, another store is built; the old one stays valid for what it was built for.
+Each process encodes shards into part files, which are joined in the order of the shards: the store does not depend on
+the number of processes. It is built in a folder of its own, fsynced and renamed at the end, so what is there is whole.
+A store's key is the content of the files, the encoder (tokenizer, template, mask code, options) and the layout version.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,13 +103,7 @@ def open_or_build(
     faults: list[str] = []
     for cache in caches:
         try:
-            folder = cache / key
-            with _building(folder) as alone:
-                store = _open_if_whole(folder, every_byte, quiet=True)  # the one we waited for may have made it
-                if store is None:
-                    _sweep(folder, alone)
-                    build(folder, sources, encoder, options, fingerprint=key, progress=progress)
-                    store = TokenStore.open(folder)
+            store = _built(cache / key, sources, encoder, options, progress, every_byte)
         except OSError as error:
             if not _is_of(cache, error):
                 raise
@@ -121,6 +112,18 @@ def open_or_build(
         else:
             return _checked(store, options)
     raise ConfigError(f"data.cache_dir: {'; '.join(faults)}. Free some space, or name another folder")
+
+
+def _built(
+    folder: Path, sources: Sequence[Source], encoder: Encoder, options: BuildOptions, progress: bool, every_byte: bool
+) -> TokenStore:
+    with _building(folder) as alone:
+        store = _open_if_whole(folder, every_byte, quiet=True)  # the process we waited for may have made it
+        if store is None:
+            _sweep(folder, alone)
+            build(folder, sources, encoder, options, fingerprint=folder.name, progress=progress)
+            store = TokenStore.open(folder)
+    return store
 
 
 def cache_folders(cache_dir: str | Path | None) -> list[Path]:
@@ -203,7 +206,7 @@ def _wait_for(folders: Sequence[Path]) -> TokenStore:
             log.info("waiting for %s, which tokenises the data", builder or "another process")
             last_message = now
         time.sleep(_POLL_SECONDS)
-    fault = f"{builder}, which was making it, ended without it; see its message" if builder else "nobody makes it"
+    fault = f"{builder}, which was making it, ended without it; see its message" if builder else "none is made"
     raise DataError(f"Waited {time.monotonic() - started:.0f} s for the tokenised data in {folders[0]}, and {fault}.")
 
 
@@ -298,13 +301,16 @@ def _join_parts(job: Job) -> None:
     for name in PART_ARRAYS:
         with (folder / f"{name}.bin").open("wb") as whole:
             for number in range(len(job.work)):
-                part = job.part(number, name)
-                with part.open("rb") as stream:
-                    shutil.copyfileobj(stream, whole, _BLOCK)
-                part.unlink()
+                _move_into(whole, job.part(number, name))
     _accumulate(folder / "lengths.bin", COLUMNS["lengths"], folder / "offsets.bin")
     _accumulate(folder / "run_counts.bin", "<i8", folder / "run_offsets.bin")
     (folder / "run_counts.bin").unlink()
+
+
+def _move_into(whole: BinaryIO, part: Path) -> None:
+    with part.open("rb") as stream:
+        shutil.copyfileobj(stream, whole, _BLOCK)
+    part.unlink()
 
 
 def _accumulate(counts: Path, dtype: str, offsets: Path) -> None:
@@ -327,7 +333,7 @@ def _blocks(path: Path, dtype: str) -> Iterator[NDArray[Any]]:
 def _count_duplicates(folder: Path, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Samples equal to an earlier one, for each range of samples that ends before ``ends``. Deletes the hashes.
 
-    Sorting all hashes would take memory by the sample, so they go to buckets first, of about a block each.
+    Sorting all hashes would take memory for every sample, so they go to buckets first, of about a block each.
     """
     record = np.dtype([("hash", HASH_DTYPE), ("index", "<i8")])
     count = sum(len(hashes) for hashes in _blocks(folder / "hashes.bin", HASH_DTYPE)) // _BLOCK + 1
@@ -410,7 +416,7 @@ def _checked(store: TokenStore, options: BuildOptions) -> TokenStore:
     if unusable > options.max_bad_share * max(stats["rows"], 1):
         raise DataError(
             f"{unusable} of {stats['rows']} rows cannot be trained on, more than data.max_bad_share="
-            f"{options.max_bad_share:g} allows ({reasons(stats)}). Mend the data, or raise data.max_bad_share."
+            f"{options.max_bad_share:g} allows ({reasons(stats)}). Fix the data, or raise data.max_bad_share."
         )
     if stats["skipped"] or stats["dropped"]:
         log.warning("%d samples of %d rows: %s", stats["samples"], stats["rows"], reasons(stats))

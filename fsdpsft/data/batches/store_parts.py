@@ -59,7 +59,7 @@ class BuildOptions:
 
     Attributes:
         max_length: most tokens of a sample.
-        truncation: what becomes of a longer one: "error", "left" (its end is kept), "right" (its beginning) or "drop".
+        truncation: for a longer one: "error", "left" (its end is kept), "right" (its beginning) or "drop".
         on_bad_row: "error" stops at a row that cannot be used, "skip" counts it.
         max_bad_share: a larger share of rows that gave nothing is an error in any case.
         num_workers: building processes; None for one per core.
@@ -120,7 +120,7 @@ class Tally:
 
     @property
     def unusable(self) -> int:
-        """Rows and samples that gave nothing to train on although nobody asked to leave them out."""
+        """Rows and samples that gave nothing to train on although no setting leaves them out."""
         return sum(self.skipped.values()) + self.dropped.get(NOTHING_LEFT, 0)
 
 
@@ -162,15 +162,18 @@ class Job:
         with ExitStack() as stack:
             files = {name: stack.enter_context(self.part(number, name).open("wb")) for name in PART_ARRAYS}
             for rows in _batches(read_shard(shard, unreadable), BATCH_ROWS):
-                kept: list[Sample] = []
-                for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
-                    try:
-                        kept += self._usable(row, result, tally)
-                    except RowError as fault:
-                        self._refuse(fault, tally)
-                self._write(kept, files, tally)
+                self._write(self._samples(source, rows, tally), files, tally)
                 tally.rows += len(rows)
         return tally
+
+    def _samples(self, source: Source, rows: list[Row], tally: Tally) -> list[Sample]:
+        kept: list[Sample] = []
+        for row, result in zip(rows, self.encoder.encode(source, rows), strict=True):
+            try:
+                kept += self._usable(row, result, tally)
+            except RowError as fault:
+                self._refuse(fault, tally)
+        return kept
 
     def _refuse(self, fault: RowError, tally: Tally) -> None:
         if self.options.on_bad_row == "error":
@@ -190,7 +193,7 @@ class Job:
         if not any(trained):
             raise row.error(
                 "no token of it is trained (no assistant message, an empty one, or all of them marked "
-                "train: false or weight: 0); mend the row, or leave it out with data.on_bad_row=skip",
+                "train: false or weight: 0); fix the row, or leave it out with data.on_bad_row=skip",
                 NO_TRAINED_TOKEN,
             )
         for sample, is_trained in zip(samples, trained, strict=True):

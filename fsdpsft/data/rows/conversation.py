@@ -76,12 +76,7 @@ def opening_hint(conversation: Conversation) -> str:
 
 
 def to_conversation(row: Row, adapter: str, options: RowFormat) -> Conversation | Tokenized:
-    """Read a row.
-
-    Args:
-        row: from ``read_rows`` or ``read_shard``.
-        adapter: from ``recognise``.
-        options: the same as there.
+    """Read a row in the format that ``recognise`` gave for these options.
 
     Raises:
         RowError: the row cannot be used. The message names file, row, column, what was found and what to do.
@@ -115,12 +110,12 @@ def _refuse_placeholders(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         for tag in _PLACEHOLDERS:
             if tag in message.entries["content"]:
-                problem = f"{tag} stands for something that is not text, and nothing puts it there"
+                problem = f"{tag} is a placeholder for something that is not text"
                 raise fault("not text alone", f"messages[{index}].content", problem, "leave such rows out")
 
 
 def _with_system(messages: list[Message], columns: Mapping[str, Any], options: RowFormat) -> list[Message]:
-    """Put the system column's prompt first; blank and null are none."""
+    """Put the system column's prompt first, unless it is blank or null."""
     names = SYSTEM_COLUMNS if options.system_key is None else (options.system_key,)
     name = next((name for name in names if columns.get(name) is not None), None)
     if name is None:
@@ -293,17 +288,13 @@ class CustomRows(Protocol):
         Returns:
             Columns of any known format (``{"messages": […], "tools": […]}``, ``{"prompt": …, "response": …}``,
             ``{"input_ids": …, "loss_mask": …}``), which are checked like a row's, or a finished ``Conversation`` or
-            ``Tokenized``, taken as it is. Raise ``ValueError`` with a sentence for a row that cannot be used.
+            ``Tokenized``, taken unchanged. Raise ``ValueError`` with a sentence for a row that cannot be used.
         """
         ...
 
 
 def load_custom_rows(path: str, name: str) -> CustomRows:
-    """Create the user's own row reader.
-
-    Args:
-        path: a Python file (``data.custom_cls.path``).
-        name: a class in it with the interface of ``CustomRows`` (``data.custom_cls.name``).
+    """Create the user's own row reader: the class ``name`` of the Python file ``path``.
 
     Raises:
         DataError: the file cannot be imported, has no such class, or the class lacks ``to_conversation``.
@@ -334,12 +325,7 @@ def load_custom_rows(path: str, name: str) -> CustomRows:
 
 
 def custom_conversation(row: Row, custom: CustomRows, options: RowFormat) -> Conversation | Tokenized:
-    """Read a row with the user's own class.
-
-    Args:
-        row: as for ``to_conversation``.
-        custom: from ``load_custom_rows``.
-        options: its column names are not used (the class names the columns it returns), its ``train_on_turns`` is.
+    """Read a row with the user's own class; of ``options`` only ``train_on_turns`` is used.
 
     Raises:
         RowError: the class raised, or returned something unusable.

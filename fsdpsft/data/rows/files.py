@@ -155,8 +155,8 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Index
 
     Args:
         shard: from ``cut_file``, or ``Shard(path, file_kind(path))`` for a whole file.
-        on_error: is given the error of each row that cannot be read while its neighbours can (a broken JSON line),
-            and reading goes on; by default the first is raised.
+        on_error: called with the error of each row that cannot be read while its neighbours can (a broken JSON line),
+            and reading continues; by default the first is raised.
 
     Raises:
         RowError: a row cannot be read.
@@ -266,7 +266,7 @@ def _tidier(kind: pa.DataType) -> _Tidy | None:
     """A function that drops the nulls Arrow adds to structs and makes maps dicts; None where there is nothing to do.
 
     Arrow gives every struct of a column the keys of all of them: a tool call without the argument ``city`` comes back
-    with ``city: null`` once any other call has it. Which nulls were in the data cannot be told; none are kept.
+    with ``city: null`` once any other call has it. Which nulls were in the data is not known; none are kept.
     """
     if pa.types.is_struct(kind):
         fields = {field.name: _tidier(field.type) or _as_is for field in kind}
@@ -339,7 +339,7 @@ def _within(shard: Shard, first: int, batches: Iterator[pa.RecordBatch]) -> Iter
 
 
 def _record_batches(path: str) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file or stream; memory-mapped, so that those passed over cost next to nothing."""
+    """Batches of an Arrow file or stream; memory-mapped, so that skipped ones cost almost nothing."""
     with pa.memory_map(path) as memory:
         is_file = memory.read(6) == b"ARROW1"
         memory.seek(0)

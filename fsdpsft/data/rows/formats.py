@@ -99,7 +99,7 @@ class RowFormat:
 
     @cached_property
     def is_recognised(self) -> bool:
-        """Nothing says which columns are trained, so that they are told by their names."""
+        """No key says which columns are trained, so their names decide."""
         named = self.prompt_key or self.response_key or self.messages_key != _DEFAULTS.messages_key
         return self.format == "auto" and not named
 
@@ -108,20 +108,12 @@ _DEFAULTS = RowFormat()
 
 
 def format_of(source: Source, options: RowFormat) -> RowFormat:
-    """The options with what the source's entry in a ``dataset_info.json`` states put in."""
+    """The options, overridden by the source's entry in a ``dataset_info.json``."""
     return replace(options, **source.row_format)
 
 
 def recognise(column_names: Sequence[str], first_row: Row, options: RowFormat) -> str:
-    """Name the format of a source.
-
-    Args:
-        column_names: the columns of ``first_row``.
-        first_row: the source's first row.
-        options: from ``format_of``.
-
-    Returns:
-        The adapter for ``to_conversation``: prompt_response, messages, sharegpt, alpaca or tokenized.
+    """Name the format of a source by its first row: prompt_response, messages, sharegpt, alpaca or tokenized.
 
     Raises:
         DataError: an explicit column is missing, or the columns fit no format or several; names the columns there are.
@@ -219,7 +211,7 @@ def prompt_and_response(columns: Collection[str], options: RowFormat) -> tuple[s
     """The prompt's and the response's column: as the user says, completed by the well-known pairs.
 
     Raises:
-        RowError: they cannot be told.
+        RowError: no pair fits, or several do.
     """
     prompt, response = options.prompt_key, options.response_key
     if prompt is not None and response is not None:
@@ -227,20 +219,14 @@ def prompt_and_response(columns: Collection[str], options: RowFormat) -> tuple[s
     fitting = [pair for pair in PAIRS if prompt in (None, pair[0]) and response in (None, pair[1])]
     pairs = [pair for pair in fitting if pair[0] in columns and pair[1] in columns]
     if len(pairs) != 1:
-        problem = f"cannot tell prompt and response among the columns {listed(columns)}"
+        problem = f"cannot recognise prompt and response among the columns {listed(columns)}"
         advice = "set data.prompt_key and data.response_key"
         raise fault("missing column", prompt or response or "prompt", problem, advice)
     return pairs[0]
 
 
 def unused_columns(source: Source, adapter: str, options: RowFormat) -> list[str]:
-    """Columns of the source's first row that nothing reads.
-
-    Args:
-        source: from ``resolve_sources``.
-        adapter: from ``recognise``, or "custom", which may read any.
-        options: from ``format_of``.
-    """
+    """Columns of the source's first row that nothing reads; ``adapter`` is from ``recognise``, or "custom"."""
     if adapter == "custom":
         return []
     columns = list(first_row(source).columns)

@@ -58,11 +58,11 @@ def read_lines(
     """Rows of JSON lines.
 
     Args:
-        stream: positioned at the start of a line.
+        stream: at the start of a line.
         path: the file's name, for messages.
-        first_row: 0-based number of the line the stream stands at.
-        size: bytes to read from here; None reads to the end.
-        on_error: is given each broken line's error, and reading goes on; by default the first is raised.
+        first_row: 0-based number of that line.
+        size: bytes to read from there; None reads to the end.
+        on_error: called with each broken line's error, and reading continues; by default the first is raised.
 
     Yields:
         (row number, columns). The row number is the 0-based line number, blank lines counted though they are no rows.
@@ -200,16 +200,8 @@ def read_array(
 ) -> Iterator[IndexedRow]:
     """Rows of a JSON array, parsed one at a time.
 
-    Args:
-        stream: at the start of the file, or, where ``size`` is given, of an element inside the array.
-        path: the file's name, for messages.
-        first_row: 0-based number of the first element to come.
-        size: bytes that hold whole elements; None reads the whole array.
-        on_error: is given the error of each element that is no object, and reading goes on; by default the
-            first is raised.
-
-    Yields:
-        (row number, columns).
+    Args as of ``read_lines``; where ``size`` is given, ``stream`` is at an element inside the array, and ``size`` bytes
+    hold whole elements.
 
     Raises:
         DataError: the text is not UTF-8 or not a JSON array.

@@ -145,11 +145,7 @@ def text_of(value: Any, column: str) -> str:
 def plain(value: Any, column: str, *, drop_nulls: bool = False, depth: int = 0) -> Any:
     """A copy of nested data, checked to be what JSON can hold and not nested too deeply.
 
-    Args:
-        value: the data.
-        column: its name, for messages.
-        drop_nulls: leave out keys whose value is null, except where JSON Schema gives null a meaning.
-        depth: levels above ``value``.
+    ``drop_nulls`` leaves out keys whose value is null, except where JSON Schema gives null a meaning.
 
     Raises:
         RowError: a value of another type, a broken string, or more than 64 levels.
@@ -195,10 +191,8 @@ def parse_json(text: str, column: str, reason: str, wanted: str) -> Any:
 def parse_message(raw: Any, column: str, keys: MessageKeys) -> Message:
     """Bring one message into the form templates take.
 
-    Args:
-        raw: a dict with a role and content, as OpenAI or ShareGPT write it. Null values count as absent.
-        column: where it stands, as ``messages[2]``.
-        keys: names that differ from the well-known ones.
+    ``raw`` is a dict with a role and content, as OpenAI or ShareGPT write it; null values count as absent.
+    ``column`` is its place, as ``messages[2]``.
 
     Raises:
         RowError: unknown role, missing or mistyped content, a tool call that is not one, a bad weight.
@@ -333,10 +327,8 @@ def _calls(given: dict[str, Any], content_key: str, column: str, role: str, text
 def parse_tool_calls(value: Any, column: str) -> list[dict[str, Any]]:
     """Tool calls as ``[{"type": "function", "function": {"name": …, "arguments": {…}}}, …]``.
 
-    Args:
-        value: a list of calls, one call, or either as a JSON string; a call may be wrapped as above or bare, a JSON
-            string itself, and its arguments an object or a JSON string of one. Nulls inside them are kept.
-        column: its name, for messages.
+    ``value`` is a list of calls, one call, or either as a JSON string. A call may be wrapped as above, bare, or a JSON
+    string; its arguments are an object or a JSON string of one. Nulls inside them are kept.
 
     Raises:
         RowError: it is not that.
@@ -371,13 +363,8 @@ def _tool_call(call: Any, column: str) -> dict[str, Any]:
 def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
     """Tool definitions in the form inference servers hand to templates: ``[{"type": "function", "function": {…}}, …]``.
 
-    Args:
-        value: a list of definitions (wrapped as above or bare objects with a name, or JSON strings of these), or a
-            JSON string of a list, or None. Nulls stay in JSON strings; elsewhere they are what Arrow left behind.
-        column: its name, for messages.
-
-    Returns:
-        The definitions; None where there are none.
+    ``value`` is a list of definitions (wrapped as above or bare objects with a name, or JSON strings of these), a JSON
+    string of a list, or None. Nulls stay in JSON strings; elsewhere Arrow made them. None where there are none.
 
     Raises:
         RowError: it is not that.
@@ -392,7 +379,7 @@ def parse_tools(value: Any, column: str) -> list[dict[str, Any]] | None:
 
 
 def _tool(tool: Any, column: str, written: bool) -> dict[str, Any]:
-    """``written``: the definition stands as JSON text, so its nulls are the author's own."""
+    """``written``: the definition was JSON text, so its nulls are the author's own."""
     if isinstance(tool, str):
         tool, written = parse_json(tool, column, "bad tools", "a tool definition"), True
     function = tool.get("function", tool) if isinstance(tool, dict) else None

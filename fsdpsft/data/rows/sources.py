@@ -7,7 +7,6 @@ the row numbers it has in its file, and the shards in order give exactly the row
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -25,19 +24,10 @@ from fsdpsft.data.rows.dataset_info import DatasetInfo
 from fsdpsft.data.rows.files import TARGET_BYTES, Shard
 from fsdpsft.data.rows.hub import fetch_hub_path, fetch_hub_rows, is_hub_name
 from fsdpsft.data.rows.json_files import RowFault, raise_fault
-from fsdpsft.errors import DataError, RowError, and_more, place
+from fsdpsft.data.workers import usable_cores
+from fsdpsft.errors import DataError, RowError, and_more, nearest, place
 
-__all__ = [
-    "Row",
-    "Shard",
-    "Source",
-    "fingerprint",
-    "first_row",
-    "read_rows",
-    "read_shard",
-    "resolve_sources",
-    "shards",
-]
+__all__ = ["Row", "Shard", "Source", "fingerprint", "first_row", "read_rows", "read_shard", "resolve_sources", "shards"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +38,7 @@ _HASH_BLOCK = 4 << 20  # hashed by a thread each
 
 @dataclass(slots=True)  # not frozen, which takes three times as long to make
 class Row:
-    """One row and where it stands.
+    """One row and its place.
 
     Attributes:
         source: path of its file.
@@ -179,7 +169,7 @@ def _nearest(path: Path) -> str:
     while not path.parent.is_dir():
         path = path.parent
     there = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    close = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:5]
+    close = nearest(path.name, there, most=3, alike=0.5) or there[:5]
     if not close:
         return f"the folder {path.parent} is empty"
     return f"the folder {path.parent} has no {path.name}, it has {', '.join(close)}" + (" …" if len(there) > 5 else "")
@@ -224,7 +214,7 @@ def _refuse_repeats(sources: list[Source]) -> None:
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Two sources called train are told apart by their folders, or by a number."""
+    """Two sources called train get names of their folders, or numbers."""
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         names = [f"{Path(s.files[0]).parent.name}/{s.name}" if names.count(s.name) > 1 else s.name for s in sources]
@@ -253,7 +243,7 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Row]:
 
     Args:
         shard: from ``shards``.
-        on_error: is given the error of each unreadable row, and reading goes on; by default the first is raised.
+        on_error: called with the error of each unreadable row, and reading continues; by default the first is raised.
 
     Raises:
         RowError: a row cannot be read.
@@ -266,13 +256,7 @@ def read_shard(shard: Shard, on_error: RowFault = raise_fault) -> Iterator[Row]:
 def read_rows(source: Source, on_error: RowFault = raise_fault) -> Iterator[Row]:
     """Stream all rows of a source in order, with memory that grows with neither files nor rows.
 
-    Args:
-        source: from ``resolve_sources``.
-        on_error: as in ``read_shard``.
-
-    Raises:
-        RowError: a row cannot be read.
-        DataError: a file is damaged or has no rows.
+    ``on_error`` and what is raised are as in ``read_shard``.
     """
     for file in source.files:
         yield from read_shard(Shard(file, files.file_kind(file)), on_error)
@@ -304,7 +288,7 @@ def fingerprint(source: Source) -> str:
             return hashlib.blake2b(stream.read(_HASH_BLOCK), digest_size=32).digest()
 
     total = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for file in source.files:
             with files.named_faults(file):
                 size = Path(file).stat().st_size

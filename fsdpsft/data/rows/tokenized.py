@@ -90,6 +90,6 @@ def _from_labels(value: Any, ids: np.ndarray) -> np.ndarray:
         shifted = trained[:-1] & (labels[:-1] != ids[1:])
         hint = "they look shifted by one already; " if not shifted.any() else ""
         problem = f"{hint}position {position} has {labels[position]}, expected the input id {ids[position]} or -100"
-        raise fault("bad tokens", "labels", problem, "labels stand at the token they name, unshifted")
+        raise fault("bad tokens", "labels", problem, "a label is at the token it names, unshifted")
     weights: np.ndarray = trained.astype(np.float32)
     return weights

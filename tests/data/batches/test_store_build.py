@@ -312,7 +312,7 @@ def test_waiting_ends_when_the_builder_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(token_store_build, "GRACE_SECONDS", 0.3)
     monkeypatch.setattr(token_store_build, "PATIENCE_SECONDS", 0.6)
     sources = sources_in(tmp_path)
-    with pytest.raises(DataError, match="nobody makes it"):
+    with pytest.raises(DataError, match="and none is made"):
         open_or_build(sources, ToyEncoder(), ALONE, tmp_path / "cache", may_build=False)
     key = store_key(sources, ToyEncoder(), ALONE, [tmp_path / "cache"])
     (tmp_path / "cache").mkdir()

@@ -435,7 +435,7 @@ def test_bad_columns_are_named(columns: dict[str, Any], reason: str, message: st
 def test_a_row_without_the_column_lists_what_it_has() -> None:
     with pytest.raises(RowError, match=r"row 3, column messages: there is none; the columns are prompt, response"):
         to_conversation(Row("f", 3, {"prompt": "p", "response": "r"}), "messages", RowFormat())
-    with pytest.raises(RowError, match="cannot tell prompt and response among the columns messages"):
+    with pytest.raises(RowError, match="cannot recognise prompt and response among the columns messages"):
         to_conversation(Row("f", 3, {"messages": []}), "prompt_response", RowFormat())
 
 
@@ -466,7 +466,7 @@ PAIR = {"prompt": "2+2?", "response": "4"}
         (
             {"messages": [USER | {"content": "<image>What is it?"}, REPLY], "images": []},
             "not text alone",
-            r"column messages\[0\].content: <image> stands for something that is not text",
+            r"column messages\[0\].content: <image> is a placeholder for something that is not text",
         ),
         (PAIR | {"rejected": "5"}, "preference data", "column rejected: this is preference data"),
         ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference data", "data.response_key=chosen"),

@@ -90,10 +90,7 @@ def test_paths_still_work_beside_names(tmp_path: Path) -> None:
         ({"ms_hub_url": "x/y"}, "names neither file_name nor hf_hub_url"),
         ({"file_name": "d.json", "formating": "alpaca"}, "unknown key formating; did you mean formatting"),
         ({"file_name": "d.json", "formatting": "xml"}, "formatting='xml' is not one of alpaca, sharegpt, openai"),
-        (
-            {"file_name": "d.json", "columns": {"images": "i"}},
-            "images='i' is not supported: only text",
-        ),
+        ({"file_name": "d.json", "columns": {"images": "i"}}, "images='i' is not supported: only text"),
         ({"file_name": "d.json", "columns": {"kto_tag": "label"}}, "kto_tag='label' is not supported: preference data"),
         ({"file_name": "d.json", "columns": {"promt": "i"}}, "unknown key promt; did you mean prompt"),
         ({"file_name": "d.json", "formatting": ["alpaca"]}, "is not one of alpaca, sharegpt, openai"),

@@ -13,15 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fsdpsft.data.rows.sources import (
-    Source,
-    fingerprint,
-    first_row,
-    read_rows,
-    read_shard,
-    resolve_sources,
-    shards,
-)
+from fsdpsft.data.rows.sources import Source, fingerprint, first_row, read_rows, read_shard, resolve_sources, shards
 from fsdpsft.errors import DataError, RowError
 
 
