@@ -72,13 +72,7 @@ MUTANTS = (
         "return True",
         ("tests/test_optim.py",),
     ),
-    Mutant(
-        "experts' biases decay",
-        "fsdpsft/optim.py",
-        ' and "bias" not in leaf',
-        "",
-        ("tests/test_optim.py",),
-    ),
+    Mutant("experts' biases decay", "fsdpsft/optim.py", ' and "bias" not in leaf', "", ("tests/test_optim.py",)),
     Mutant(
         "truncation cuts ids and mask unlike",
         "fsdpsft/data/batches/store_parts.py",
