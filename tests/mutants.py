@@ -76,8 +76,8 @@ MUTANTS = (
     Mutant(
         "truncation cuts ids and mask unlike",
         "fsdpsft/data/batches/store_parts.py",
-        "sample.loss_weights[-limit:]",
-        "sample.loss_weights[:limit]",
+        "loss_weights=sample.loss_weights[kept]",
+        "loss_weights=sample.loss_weights[:limit]",
         ("tests/data/batches/test_store.py",),
     ),
     Mutant(
@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "every rank trains on the first one's samples",
         "fsdpsft/data/batches/loader.py",
-        "in plan[self.dp_rank]",
-        "in plan[0]",
+        "in assignment[settings.dp_rank]",
+        "in assignment[0]",
         ("tests/data/batches/test_loader.py",),
     ),
     Mutant(
@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "the soft cap's slope is left out of the gradient",
         "fsdpsft/loss.py",
-        "torch.mul(gradient, slope, out=product[rows])",
-        "product[rows] = gradient.to(product.dtype)",
+        "torch.mul(change, slope, out=product[rows])",
+        "product[rows] = change.to(product.dtype)",
         ("tests/test_loss.py",),
     ),
     Mutant(
