@@ -254,7 +254,11 @@ class TurnProver:
         reply = turn.reply
         for text in texts:
             if text not in reply:
-                raise refuse(turn.message, f"the template does not print {_excerpt(text)} of the message as it is")
+                raise refuse(
+                    turn.message,
+                    f"the template does not print {_excerpt(text)} of the message unchanged; use a template that does "
+                    "(the model's own for tools, or data.chat_template=chatml)",
+                )
 
     def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
         exact = turn.is_in(whole)
