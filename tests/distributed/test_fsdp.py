@@ -115,7 +115,8 @@ def test_gradients_summed_once_a_step_are_those_of_all_micro_batches(tmp_path: P
     first, second = a_step(0), a_step(1)
     step = replace(first, micro_batches=first.micro_batches + second.micro_batches)
     config = load_config([f"model.partial_pretrain={tmp_path}", "data.train_files=null"])
-    alone = build_model(tmp_path, config.model, init_mesh(torch.device("cpu")), packed=True, seed=0)
+    work = Work(max_length=64, token_budget=256)
+    alone = build_model(tmp_path, config.model, init_mesh(torch.device("cpu")), work, seed=0)
     expected = train_step(alone, torch.optim.SGD(alone.module.parameters(), lr=0.1), step, None).grad_norm.item()
     for (norm, weights), (norm_of_last, weights_of_last) in run_distributed(norms_and_weights, 2, tmp_path):
         assert norm == pytest.approx(expected, rel=1e-5) and norm_of_last == pytest.approx(expected, rel=1e-5)
