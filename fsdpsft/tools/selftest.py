@@ -9,11 +9,12 @@ without ``data.train_files`` the documents are random tokens.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -289,8 +290,7 @@ def selftest(config: Config, options: Options) -> list[Row]:
     """
     style, began = Style(colour=sys.stdout.isatty()), time.perf_counter()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("fsdpsft").setLevel(logging.WARNING)  # the table alone
-    with prepare_subject(config, options) as subject:
+    with _warnings_alone(), prepare_subject(config, options) as subject:
         documents = subject.documents
         sys.stdout.write(
             f"\n{style.strong('Self-test')} of {config.model.partial_pretrain}, {options.layers} layers, on "
@@ -310,10 +310,23 @@ def selftest(config: Config, options: Options) -> list[Row]:
     return rows
 
 
+@contextlib.contextmanager
+def _warnings_alone() -> Iterator[None]:
+    """Keep what builds of the model announce out of the table."""
+    logger = logging.getLogger("fsdpsft")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m fsdpsft.selftest``: 0 where everything holds, else 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not any("data.train_files=" in argument or argument.startswith("--config-") for argument in arguments):
+    given = ("--config-", ".yaml", ".yml")
+    if not any("data.train_files=" in a or a.startswith(given) or a.endswith(given) for a in arguments):
         arguments = [*arguments, "data.train_files=null"]
     return run_tool(
         "selftest", USAGE, Options, lambda config, options: all(r.holds for r in selftest(config, options)), arguments
