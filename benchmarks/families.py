@@ -61,9 +61,9 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def build(model_type: str) -> Any:
-    """A random model of a family without dropout, all of whose weights are away from zero."""
+    """A random model of a family that draws nothing, all of whose weights are away from zero."""
     small = SMALL.get(model_type, {})
-    drops = {name: 0.0 for name, value in CONFIG_MAPPING[model_type]().to_dict().items() if _is_dropout(name, value)}
+    drops = {name: 0.0 for name, value in CONFIG_MAPPING[model_type]().to_dict().items() if _draws(name, value)}
     model = tiny_model(model_type, **{**drops, **small})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,8 +72,8 @@ def build(model_type: str) -> Any:
     return model
 
 
-def _is_dropout(name: str, value: Any) -> bool:
-    return isinstance(value, float) and ("drop" in name or name.endswith("_pdrop"))
+def _draws(name: str, value: Any) -> bool:
+    return isinstance(value, float) and ("drop" in name or "jitter" in name)
 
 
 def documents() -> list[tuple[list[int], list[float]]]:

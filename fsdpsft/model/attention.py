@@ -159,6 +159,8 @@ def check_architecture(model: PreTrainedModel, *, packed: bool) -> None:
         )
     if unknown := sorted(kinds - HONOURED_LAYERS - RECURRENT_LAYERS):
         raise ModelError(f"{name} has layers of type {unknown}, whose attention pattern is not supported here.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ModelError(f"{name} has layers of different shapes, which are not supported here.")
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(f"{name} has use_bidirectional_attention set; only causal language models can be trained.")
     if not (_uses_attention_interface(model) or (kinds and kinds <= RECURRENT_LAYERS)):
