@@ -258,9 +258,9 @@ class ChatTemplate:
             samples = [self.mask(plan, text, ids) for text, ids in zip(plan.texts, known, strict=True)]
         except DataError as error:
             return error
-        last = len(samples) - 1  # the longest
-        kinds = tuple(piece.kind for piece in plan.left_out)
-        return [s._replace(again=n < last, left_out=kinds if n == last else ()) for n, s in enumerate(samples)]
+        if plan.left_out:
+            samples[-1] = samples[-1]._replace(left_out=tuple(piece.kind for piece in plan.left_out))
+        return [*(sample._replace(again=True) for sample in samples[:-1]), *samples[-1:]]  # the last is the longest
 
     def plan(self, conversation: Conversation) -> Plan:
         """Render a conversation and prove its trained spans."""
@@ -280,7 +280,8 @@ class ChatTemplate:
         }
         texts = prover.texts(messages, weights, variables, self.history)
         left_out = missing(Given(messages, variables, weights), texts, prover)
-        require_allowed(left_out, self.may_drop, hiding.restore)
+        if left_out:
+            require_allowed(left_out, self.may_drop, hiding.restore)
         if hiding.count:
             variables["tools"] = conversation.tools
             for text in texts:
