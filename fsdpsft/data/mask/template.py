@@ -50,6 +50,7 @@ MASK_VERSION = 2
 """Part of every token store's key; raised whenever the same conversation would get other ids or another mask."""
 
 _REASONING = {"reasoning_content", "reasoning", "thinking"}
+_ROLE_AND_CONTENT = {"role", "content"}
 _SPECIAL_IN_CONTENT = "special token in content"
 
 SpecialTokens: TypeAlias = Literal["escape", "refuse"]
@@ -295,7 +296,11 @@ class ChatTemplate:
 
     def _hide(self, index: int, message: Message, hiding: Hiding) -> Message:
         before = hiding.count
-        hidden: Message = {key: value if key == "role" else hiding.hide(value) for key, value in message.items()}
+        if message.keys() == _ROLE_AND_CONTENT:  # nearly all
+            content = hiding.hide(message["content"])
+            hidden = message if content is message["content"] else {**message, "content": content}
+        else:
+            hidden = {key: value if key == "role" else hiding.hide(value) for key, value in message.items()}
         if hiding.count > before and self.special_tokens_in_content == "refuse":
             found = [text for text in hiding.originals.values() if text in self.tokens.guarded]
             if found:
