@@ -55,7 +55,7 @@ def missing(given: Given, texts: Sequence[TemplateText], prover: TurnProver) -> 
     if not texts or _is_plainly_held(given, texts[-1]):
         return []
     count = max(text.messages for text in texts)
-    printed = [text.text for text in texts]
+    printed = [text.text for text in reversed(texts)]  # the longest first
     replies: dict[int, str] = {}
     for text in texts:
         for span in text.spans:
@@ -76,13 +76,20 @@ def missing(given: Given, texts: Sequence[TemplateText], prover: TurnProver) -> 
 
 def _is_plainly_held(given: Given, text: TemplateText) -> bool:
     """Whether all there is are roles and content, and one text spells it: as in nearly all conversations."""
+    if given.variables.get("tools"):
+        return False
+    position = 0  # behind what was found last: nearly all templates print the messages in their order
     for message in given.messages[: text.messages]:
         content = message.get("content")
         if len(message) != 2 or not isinstance(content, str) or "</think>" in content:
             return False
-        if content.strip() not in text.text:
+        content = content.strip()
+        found = text.text.find(content, position)
+        if found >= 0:
+            position = found + len(content)
+        elif content not in text.text:
             return False
-    return not given.variables.get("tools")
+    return True
 
 
 def require_allowed(found: Sequence[Missing], may_drop: Collection[str], restore: Callable[[str], str]) -> None:

@@ -150,10 +150,11 @@ class PreTokenizer:
         """The ids of a text without added tokens."""
         if len(piece) <= _SHORT:
             return self._pieces[piece]
-        if self.cuts_at_spaces and len(words := piece.split(" ")) > 2:
+        # Two spaces in a row, or a line that begins with one (code, tables) would be found out word by word.
+        if self.cuts_at_spaces and "\n " not in piece and "  " not in piece and len(words := piece.split(" ")) > 2:
             try:
                 return self._by_words(words)
-            except Unlike:  # two spaces in a row, or other white space next to one: code, tables, verse
+            except Unlike:  # other white space next to a space
                 pass
         return self._by_pretokens(piece)
 

@@ -265,7 +265,7 @@ class Hiding:
 
     def __init__(self, special: re.Pattern[str], hidden: re.Pattern[str]) -> None:
         """Hide nothing yet; see the class."""
-        self._special = special
+        self._search = special.search
         self._hidden = hidden
         self._placeholders: dict[str, str] = {}
         self.originals: dict[str, str] = {}
@@ -285,16 +285,14 @@ class Hiding:
     def hide(self, value: Any) -> Any:
         """``value`` with the strings inside it replaced; lists and dicts are copied where something changes."""
         if isinstance(value, str):
-            return self._hidden.sub(self._replace, value) if self._may_match(value) else value
+            if value.isascii() and self._search(value) is None:  # nearly all; quick on text without special tokens
+                return value
+            return self._hidden.sub(self._replace, value)
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.hide(item) for item in value]
         return value
-
-    def _may_match(self, text: str) -> bool:
-        """False for nearly all strings, found by an expression that is quick on text without special tokens."""
-        return not text.isascii() or self._special.search(text) is not None
 
     def restore(self, text: str) -> str:
         """``text`` with the hidden strings back in place."""

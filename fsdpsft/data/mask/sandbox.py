@@ -3,6 +3,9 @@
 The sandbox of transformers keeps templates away from files and Python's internals. It does not bound their time and
 memory, so that is done here: each loop iteration, call, filter and sum costs work, more for a longer result, and one
 render has a budget. Operations that could make a large value at once are looked at before they are carried out.
+
+Nearly all templates do little, so the checks are cheap: a loop is counted once, by the length of what it goes through,
+and a short value is only measured.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -30,7 +33,10 @@ _CHARACTERS = 64
 _FEW = 16
 _MOST_BITS = 1 << 16
 _WIDTH = re.compile(r"%[-#0 +]*(?:\d*\.)?(?:\*|\d{7})|\{[^{}]*\d{7}")
-_JOIN, _SUM, _STEP, _KEEP = "_fsdpsft_join", "_fsdpsft_sum", "_fsdpsft_step", "_fsdpsft_keep"
+_SIZED = (str, list, tuple)
+_OF_DICTS = frozenset(dir(dict))
+_GROWING = (int, str, list, tuple)
+_JOIN, _SUM, _STEP, _COUNT, _KEEP = (f"_fsdpsft_{name}" for name in ("join", "sum", "step", "count", "keep"))
 
 
 class LimitedTemplates:
@@ -53,6 +59,7 @@ class LimitedTemplates:
             _JOIN: self._measured(_join),
             _SUM: self._measured(operator.add),
             _STEP: self._step,
+            _COUNT: self._count,
             _KEEP: self._measure,
         }
         environment.filters = environment.filters | growing | ours
@@ -60,9 +67,11 @@ class LimitedTemplates:
         environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
         self._call = environment.call
         environment.call = self._checked_call  # type: ignore[method-assign]
+        self._getattr = environment.getattr
+        environment.getattr = self._attribute  # type: ignore[method-assign]
 
     def parse(self, text: str) -> nodes.Template:
-        """The syntax tree, with a step in each loop."""
+        """The syntax tree, with its loops counted."""
         return _Stepping().visit(self.environment.parse(text))  # type: ignore[no-any-return]
 
     def begin(self) -> None:
@@ -75,24 +84,47 @@ class LimitedTemplates:
             raise SecurityError("it loops too often, or makes too much text")
 
     def _measure(self, result: Any) -> Any:
-        if isinstance(result, str | list | tuple) and len(result) > _CHARACTERS:
-            _require(len(result))
-            self._spend(len(result) // _CHARACTERS)
+        if isinstance(result, _SIZED) and (size := len(result)) > _CHARACTERS:
+            self._left -= size // _CHARACTERS
+            if self._left < 0 or size > LARGEST:
+                _require(size)
+                self._spend(0)
         return result
+
+    def _attribute(self, obj: Any, attribute: str) -> Any:
+        """``obj.attribute``; of a dict, as nearly all are, without a search for an attribute that it cannot have."""
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICTS:
+            return obj[attribute]
+        return self._getattr(obj, attribute)
 
     @jinja2.pass_context  # which also keeps the compiler from evaluating it once
     def _step(self, _: jinja2.runtime.Context, value: str) -> str:
         self._spend(1)
         return value
 
+    @jinja2.pass_context
+    def _count(self, _: jinja2.runtime.Context, values: Iterable[Any]) -> Iterable[Any]:
+        """What a loop goes through, counted at once, or one by one where the length is not known."""
+        try:
+            self._spend(len(values))  # type: ignore[arg-type]
+        except TypeError:
+            return self._each(values)
+        return values
+
+    def _each(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._spend(1)
+            yield value
+
     def _measured(self, function: Callable[..., Any], check: Callable[..., None] | None = None) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def measured(*arguments: Any, **named: Any) -> Any:
-            if check is not None:
-                check(*arguments, *named.values())
+        def plain(*arguments: Any) -> Any:
+            return self._measure(function(*arguments))
+
+        def checked(*arguments: Any, **named: Any) -> Any:
+            check(*arguments, *named.values())  # type: ignore[misc]
             return self._measure(function(*arguments, **named))
 
-        return measured
+        return functools.wraps(function)(plain if check is None else checked)
 
     def _checked_call(self, context: jinja2.runtime.Context, called: Any, *arguments: Any, **named: Any) -> Any:
         self._spend(_CALL)
@@ -112,7 +144,9 @@ class _Stepping(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.body.insert(0, nodes.Output([nodes.Filter(nodes.Const(""), _STEP, [], [], None, None)]))
+        node.iter = nodes.Filter(node.iter, _COUNT, [], [], None, None)
+        if node.recursive:  # its inner rounds go through something else
+            node.body.insert(0, nodes.Output([nodes.Filter(nodes.Const(""), _STEP, [], [], None, None)]))
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
@@ -175,6 +209,8 @@ def _check_format(text: Any, *_: Any) -> None:
 
 def _check_growth(*given: Any) -> None:
     """Look at what a function is given that pads, repeats, replaces or joins text."""
+    if not any(isinstance(value, _GROWING) for value in given):
+        return
     numbers = [value for value in given if isinstance(value, int)]
     text, *words = [value for value in given if isinstance(value, str)] or [""]
     lists = [value for value in given if isinstance(value, list | tuple)]

@@ -50,6 +50,7 @@ MASK_VERSION = 2
 """Part of every token store's key; raised whenever the same conversation would get other ids or another mask."""
 
 _REASONING = {"reasoning_content", "reasoning", "thinking"}
+_ROLE_AND_CONTENT = {"role", "content"}
 _SPECIAL_IN_CONTENT = "special token in content"
 
 SpecialTokens: TypeAlias = Literal["escape", "refuse"]
@@ -258,9 +259,9 @@ class ChatTemplate:
             samples = [self.mask(plan, text, ids) for text, ids in zip(plan.texts, known, strict=True)]
         except DataError as error:
             return error
-        last = len(samples) - 1  # the longest
-        kinds = tuple(piece.kind for piece in plan.left_out)
-        return [s._replace(again=n < last, left_out=kinds if n == last else ()) for n, s in enumerate(samples)]
+        if plan.left_out:
+            samples[-1] = samples[-1]._replace(left_out=tuple(piece.kind for piece in plan.left_out))
+        return [*(sample._replace(again=True) for sample in samples[:-1]), *samples[-1:]]  # the last is the longest
 
     def plan(self, conversation: Conversation) -> Plan:
         """Render a conversation and prove its trained spans."""
@@ -280,7 +281,8 @@ class ChatTemplate:
         }
         texts = prover.texts(messages, weights, variables, self.history)
         left_out = missing(Given(messages, variables, weights), texts, prover)
-        require_allowed(left_out, self.may_drop, hiding.restore)
+        if left_out:
+            require_allowed(left_out, self.may_drop, hiding.restore)
         if hiding.count:
             variables["tools"] = conversation.tools
             for text in texts:
@@ -294,7 +296,11 @@ class ChatTemplate:
 
     def _hide(self, index: int, message: Message, hiding: Hiding) -> Message:
         before = hiding.count
-        hidden: Message = {key: value if key == "role" else hiding.hide(value) for key, value in message.items()}
+        if message.keys() == _ROLE_AND_CONTENT:  # nearly all
+            content = hiding.hide(message["content"])
+            hidden = message if content is message["content"] else {**message, "content": content}
+        else:
+            hidden = {key: value if key == "role" else hiding.hide(value) for key, value in message.items()}
         if hiding.count > before and self.special_tokens_in_content == "refuse":
             found = [text for text in hiding.originals.values() if text in self.tokens.guarded]
             if found:

@@ -90,6 +90,8 @@ def _by_prefix(whole: Rendered, messages: int, turns: Sequence[_Turn]) -> list[_
     other. So the turns form a tree, and each leaf needs a text: from the last turn on, a turn that begins no text yet
     gets one.
     """
+    if all(turn.is_in(whole) for turn in turns):
+        return [_Group(whole, messages, list(turns))]
     groups: list[_Group] = []
     for turn in reversed(turns):
         group = next((group for group in groups if turn.is_in(group.rendered)), None)
@@ -98,7 +100,7 @@ def _by_prefix(whole: Rendered, messages: int, turns: Sequence[_Turn]) -> list[_
             group = _Group(whole, messages, []) if in_whole else _Group(turn.rendered, turn.message + 1, [])
             groups.append(group)
         group.turns.insert(0, turn)
-    return groups[::-1] or [_Group(whole, messages, [])]
+    return groups[::-1]
 
 
 def refuse(index: int, explanation: str) -> RowError:
@@ -132,6 +134,7 @@ class TurnProver:
         self._tokens = tokens
         self._stop_ids = frozenset(stop_token_ids)
         self.form = TemplateForm(template, variables)
+        self._header = self.form.header.strip()
 
     def texts(
         self, messages: Sequence[Message], weights: Mapping[int, float], variables: Variables, history: History
@@ -156,14 +159,13 @@ class TurnProver:
             groups = [_Group(turn.rendered, turn.message + 1, [turn]) for turn in turns]
         else:
             groups = _by_prefix(whole, len(messages), turns)
-        return tuple(
-            TemplateText(
-                group.rendered.text,
-                tuple(s for turn in group.turns for s in self._spans(group.rendered, turn, weights[turn.message])),
-                group.messages,
-            )
-            for group in groups
-        )
+        texts = []
+        for group in groups:
+            spans: list[Span] = []
+            for turn in group.turns:
+                spans += self._spans(group.rendered, turn, weights[turn.message])
+            texts.append(TemplateText(group.rendered.text, tuple(spans), group.messages))
+        return tuple(texts)
 
     def _turn(self, messages: Sequence[Message], index: int, variables: Variables, whole: Rendered) -> _Turn:
         try:
@@ -187,7 +189,7 @@ class TurnProver:
             raise refuse(index, "the template prints the message in several places; its reply cannot be told apart")
         turn = self._close(_Turn(index, rendered, start, len(prompt), end, ""), messages, variables)
         self._require_complete(turn, messages[index])
-        if self.form.header.strip() and turn.reply.lstrip().startswith(self.form.header.strip()):
+        if self._header and turn.reply.lstrip().startswith(self._header):
             raise refuse(
                 index,
                 f"with add_generation_prompt the template does not print {_excerpt(self.form.header)} here; the reply "
@@ -260,15 +262,15 @@ class TurnProver:
                     "(the model's own for tools, or data.chat_template=chatml)",
                 )
 
-    def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> tuple[Span, ...]:
+    def _spans(self, whole: Rendered, turn: _Turn, weight: float) -> list[Span]:
         exact = turn.is_in(whole)
         start, end = (turn.prompt_end, turn.reply_end) if exact else self._rewritten(whole, turn)
-        pieces = [(start, end)]
-        if self.template.has_blocks:
-            pieces = [(max(start, a), min(end, b)) for a, b in whole.blocks if max(start, a) < min(end, b)]
-            if not pieces or pieces[-1][1] != end:
-                raise refuse(turn.message, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
-        return tuple(Span(turn.message, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces)
+        if not self.template.has_blocks:
+            return [Span(turn.message, start, end, weight, exact, opens=True, closes=True)]
+        pieces = [(max(start, a), min(end, b)) for a, b in whole.blocks if max(start, a) < min(end, b)]
+        if not pieces or pieces[-1][1] != end:
+            raise refuse(turn.message, f"its {{% generation %}} block does not reach its stop token {turn.stop!r}")
+        return [Span(turn.message, a, b, weight, exact, opens=a == start, closes=b == end) for a, b in pieces]
 
     def _rewritten(self, whole: Rendered, turn: _Turn) -> tuple[int, int]:
         """(start, end) of a reply in a conversation whose history the template has rewritten."""

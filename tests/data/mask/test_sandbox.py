@@ -71,3 +71,24 @@ def test_what_templates_do_is_as_before() -> None:
     )
     expected = "0-None1-Noneababc 1024   7|x a, b a12345678 * 12345678 12"
     assert render("{% set x = {} %}" + text) == expected
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",  # none passes
+        "{% for i in r recursive %}{{ loop(r) if loop.depth < 9 }}{% endfor %}",
+        "{% for i in r %}{% for j in r | map('upper') %}{% endfor %}{% endfor %}",  # of unknown length
+    ],
+)
+def test_loops_of_all_forms_are_counted(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MOST_WORK", 200_000)
+    started = time.process_time()
+    with pytest.raises(RowError, match="loops too often"):
+        render("{% set r = ['a'] * 999 %}" + loop)
+    assert time.process_time() - started < 5
+
+
+def test_a_key_that_is_also_a_method_of_dicts_is_looked_up_as_jinja_does() -> None:
+    text = "{% set d = {'items': 1, 'role': 2, 'x': none} %}{{ d.items is callable }} {{ d.role }} {{ d.x }} {{ d.y }}"
+    assert render(text) == "True 2 None "
