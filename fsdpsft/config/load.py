@@ -31,6 +31,7 @@ TEMPLATE_VARIABLE = "data.chat_template_kwargs."
 _OVERRIDE = re.compile(r"^(?:\+\+|\+)?(?P<key>[A-Za-z_][\w.\-]*)=(?P<value>.*)$", re.DOTALL)
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+_OF_RESOLVERS = re.compile(r"^\w+ raised while resolving interpolation: ")
 _REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
@@ -243,7 +244,7 @@ def _named(work: Callable[[], Any], name: str) -> Any:
     except (OmegaConfBaseException, HydraException, ValueError, KeyError, TypeError) as error:
         key = getattr(error, "full_key", None) or name
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{key}: {reason[0]}") from error
+        raise ConfigError(f"{key}: {_OF_RESOLVERS.sub('', reason[0])}") from error
 
 
 def _from_environment(raw: DictConfig) -> dict[str, str]:
