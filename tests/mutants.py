@@ -47,8 +47,8 @@ MUTANTS = (
     Mutant(
         "gradients are clipped by a process's own shard",
         "fsdpsft/optim.py",
-        "norm = norm.full_tensor()",
-        "norm = norm.to_local()",
+        "get_total_norm([p.grad for p",
+        "get_total_norm([_local(p.grad) for p",
         ("tests/test_optim.py",),
     ),
     Mutant(
@@ -183,7 +183,7 @@ MUTANTS = (
         "fsdpsft/metrics.py",
         "_step_of(line) <= self._resumed_step",
         "_step_of(line) <= self._resumed_step + 1",
-        ("tests/e2e/test_resume.py",),
+        ("tests/test_run.py",),
     ),
     Mutant(
         "Ulysses: every rank has the first one's positions",

@@ -121,3 +121,10 @@ def test_a_step_between_lines_that_is_not_finite_ends_the_run_and_is_named() -> 
     with pytest.raises(NonFiniteError, match=r"step 6: the loss is nan.*row 5"):
         for index in range(12):
             take(recorder, index, loss=float("nan") if index == 5 else 1.0)
+
+
+def test_a_gradient_norm_that_is_not_finite_ends_the_run_beside_a_finite_loss() -> None:
+    recorder = recorder_of(Memory(), log_freq=1)
+    recorder.record(step_at(0), StepStats(torch.tensor([1.0, 6.0, 2.0]), torch.tensor(float("inf"))), lr=0.1)
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is 1\.0, the gradient norm inf"):
+        recorder.flush()
