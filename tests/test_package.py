@@ -12,8 +12,7 @@ SHOW = "import os, sys, fsdpsft; print(os.environ.get('GOMP_SPINCOUNT'), 'torch'
 
 
 @pytest.mark.parametrize(
-    ("theirs", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ("theirs", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(theirs: dict[str, str], expected: str) -> None:
     ours = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
