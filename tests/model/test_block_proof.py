@@ -113,7 +113,7 @@ def test_a_patch_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.Monk
         plain = modeling_llama.LlamaMLP.forward
         monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 1.01 * plain(self, x))
 
-    liger = patches.PATCHES[1]
+    liger = next(patch for patch in patches.PATCHES if "Liger" in patch.name)
     wrong_patch = patches.Patch("Liger", lambda *_: True, wrong, liger.prove)
     monkeypatch.setattr(patches, "PATCHES", (wrong_patch,))
     with pytest.raises(
