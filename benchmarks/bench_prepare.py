@@ -56,7 +56,9 @@ def ours(folder: Path, processes: int) -> dict[str, Any]:
     sources = resolve_sources(str(folder / "chats.jsonl"))
     with tempfile.TemporaryDirectory() as cache:
         encoder = RowEncoder(sources, tokenizer)
-        store = open_or_build(sources, encoder, BuildOptions(max_length=1 << 20, num_workers=processes), Path(cache), progress=False)
+        store = open_or_build(
+            sources, encoder, BuildOptions(max_length=1 << 20, num_workers=processes), Path(cache), progress=False
+        )
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": int(store.lengths.sum()), "trained": int(store.trained.sum())}
 
