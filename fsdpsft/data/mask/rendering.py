@@ -131,9 +131,9 @@ class JinjaTemplate:
         ModelError: the source is not valid Jinja, or cannot be compiled.
     """
 
-    def __init__(self, text: str, now: datetime) -> None:
-        """Compile both forms; see the class."""
-        self.text = text
+    def __init__(self, text: str, now: datetime, origin: str = "") -> None:
+        """Compile both forms; ``origin`` says in errors where the template is from. See the class."""
+        self.text, self.origin = text, f" (the template of {origin})" if origin else ""
         self.prints_date = "strftime_now" in text
         marking = _Marking()
         try:
@@ -193,7 +193,7 @@ class JinjaTemplate:
             return "".join(template.root_render_func(template.new_context(names, shared=True)))
         except _TEMPLATE_FAULTS as error:
             raise RowError(
-                f"the chat template rejects the conversation: {error or type(error).__name__}",
+                f"the chat template rejects the conversation: {error or type(error).__name__}{self.origin}",
                 "rejected by the template",
             ) from error
 

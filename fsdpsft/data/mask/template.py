@@ -199,6 +199,7 @@ class ChatTemplate:
                 f"the tokenizer's templates are {sorted(named)}; none is 'default', so set data.chat_template"
             )
         self.text = named["default"]
+        self._origin = str(tokenizer.name_or_path) if template is None else "data.chat_template"
         self._prover = self._make_prover(self.text)
         self._tool_prover = self._make_prover(named["tool_use"]) if "tool_use" in named else self._prover
         self._stop_ids = frozenset(self.tokens.stops.values())
@@ -207,7 +208,7 @@ class ChatTemplate:
         self._hidden = re.compile(f"{self.tokens.guarded_pattern.pattern}|{RESERVED}")
 
     def _make_prover(self, text: str) -> TurnProver:
-        return TurnProver(JinjaTemplate(text, self.now), self.tokens, self.eos_token_ids, self.variables)
+        return TurnProver(JinjaTemplate(text, self.now, self._origin), self.tokens, self.eos_token_ids, self.variables)
 
     def prover(self, conversation: Conversation) -> TurnProver:
         """The prover of the template that this conversation uses (some models have another one for tools)."""

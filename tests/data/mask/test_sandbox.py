@@ -92,3 +92,9 @@ def test_loops_of_all_forms_are_counted(loop: str, monkeypatch: pytest.MonkeyPat
 def test_a_key_that_is_also_a_method_of_dicts_is_looked_up_as_jinja_does() -> None:
     text = "{% set d = {'items': 1, 'role': 2, 'x': none} %}{{ d.items is callable }} {{ d.role }} {{ d.x }} {{ d.y }}"
     assert render(text) == "True 2 None "
+
+
+def test_the_error_names_where_the_template_is_from() -> None:
+    template = JinjaTemplate("{% for i in range(10**9) %}x{% endfor %}", datetime(2024, 1, 1), "models/some-model")
+    with pytest.raises(RowError, match=r"\(the template of models/some-model\)$"):
+        template.plain(MESSAGES, {}, False)
