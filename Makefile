@@ -12,7 +12,7 @@ DEMO   ?= demo
 BENCH  ?=
 BIN    := $(VENV)/bin
 # The oldest versions that are tested. PyPI's torch for Linux is the one with CUDA, 5 GB installed; for the small one:
-# make test-oldest OLDEST='torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu'
+# make test-oldest OLDEST='torch==2.11.0 --index-url <the CPU wheel index, see pytorch.org>'
 OLDEST ?= torch==2.11.0
 OLDEST_VENV ?= .venv-oldest
 # Results and further arguments of gpu-check, and which mutants to try.
