@@ -55,7 +55,7 @@ from fsdpsft.metrics import peak_flops
 from fsdpsft.model import memory
 from fsdpsft.model.attention import AttentionContext, AttentionSpec
 from fsdpsft.model.attention_backends import BACKENDS, Backend, choose_backend, requirements
-from fsdpsft.model.load import _materialize as materialize
+from fsdpsft.model.load import materialize
 from fsdpsft.optim import build_optimizer
 from fsdpsft.parallelize import ParallelModel
 from fsdpsft.testing import tiny_tokenizer

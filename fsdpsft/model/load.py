@@ -355,7 +355,7 @@ def load_weights(
     """
     source = WeightSource(model, path, strict=strict)
     try:
-        _materialize(model, torch.device(device), torch.device(buffer_device or device))
+        materialize(model, torch.device(device), torch.device(buffer_device or device))
         if source.converted:
             logger.warning(
                 "%s: %d tensors are stored in another layout; every process reads them whole.", path, source.converted
@@ -366,7 +366,7 @@ def load_weights(
         source.files.close()
 
 
-def _materialize(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
     """Replace meta tensors by uninitialised ones on ``device``, move buffers, and tie again what was tied."""
     lost = [name for name, buffer in _non_persistent_buffers(model) if buffer.is_meta]
     if lost:
